@@ -1,0 +1,225 @@
+"""Law: from a source's addresses, a target and the host's links, decide what is done to the socket. No I/O, no clock.
+
+The decision is a `Binding` (do this) or a `Refusal` (this source cannot serve this target, and why). A refusal
+carries the errno that the kernel would have used: EADDRNOTAVAIL for the source, ENETUNREACH for the way.
+Everything here is a value, so every rule is a row of a table in the tests.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv6Address
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+
+if TYPE_CHECKING:
+    from collections.abc import Container, Iterable
+
+__all__ = ["Binding", "IPAddress", "Link", "LinkAddress", "Refusal", "Target", "bind_any", "bind_on_link"]
+
+IPAddress: TypeAlias = IPv4Address | IPv6Address
+
+#: A message lists this many things before it says "and N more".
+_LISTED = 8
+
+
+class Target(NamedTuple):
+    """One address to connect to. ``of`` makes it; ``reach`` is how far away it can be."""
+
+    family: int
+    host: str
+    port: int
+    scope_id: int
+    reach: Literal["loopback", "link", "global"]
+
+    @classmethod
+    def of(cls, ip: IPAddress, port: int, scope_id: int = 0) -> Target:
+        """Return the target for *ip*, whose zone (if any) is the interface with the index *scope_id*.
+
+        An IPv4-mapped address is the IPv4 address in it: such a packet is IPv4 on the wire, from an IPv4 source.
+        """
+        if ip.version == 6 and ip.ipv4_mapped is not None:
+            ip = ip.ipv4_mapped
+        reach: Literal["loopback", "link", "global"]
+        # To connect to 0.0.0.0 or :: is to connect to this host (ip(7), INADDR_ANY).
+        reach = "loopback" if ip.is_loopback or ip.is_unspecified else "link" if ip.is_link_local else "global"
+        if ip.version == 4:
+            return cls(socket.AF_INET, str(ip), port, 0, reach)
+        return cls(socket.AF_INET6, str(ip).partition("%")[0], port, scope_id, reach)
+
+    @property
+    def sockaddr(self) -> tuple[str, int] | tuple[str, int, int, int]:
+        """The address as the socket module takes it."""
+        if self.family == socket.AF_INET6:
+            return self.host, self.port, 0, self.scope_id
+        return self.host, self.port
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if self.family == socket.AF_INET6 else f"{self.host}:{self.port}"
+
+
+class Binding(NamedTuple):
+    """What is done to one socket before it connects.
+
+    Attributes:
+        device: the interface that every packet must leave by; None leaves that to the routing table.
+        local: source addresses to try in this order, all of the socket's family; empty lets the kernel pick.
+        freebind: *local* may be an address that no interface holds (ip(7), IP_FREEBIND).
+        owner: the link that must hold the address which the kernel picked; None when there is nothing to check.
+    """
+
+    device: str | None = None
+    local: tuple[IPAddress, ...] = ()
+    freebind: bool = False
+    owner: Link | None = None
+
+
+class Refusal(NamedTuple):
+    """Why a source cannot serve a target. Nothing has been sent."""
+
+    errno: int
+    reason: str
+
+
+class LinkAddress(NamedTuple):
+    """One address that an interface holds.
+
+    Attributes:
+        ip: the address, without a zone.
+        scope: rtnetlink(7), rtm_scope: 0 reaches everything, a larger number less (253: only its link).
+        tentative: not usable yet, or found to be somebody else's.
+        deprecated: usable, but the last choice of the kernel.
+    """
+
+    ip: IPAddress
+    scope: int = 0
+    tentative: bool = False
+    deprecated: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Link:
+    """One interface, as the kernel last described it."""
+
+    index: int
+    name: str
+    loopback: bool = False
+    kind: str = ""
+    master: int = 0
+    altnames: tuple[str, ...] = ()
+    up: bool = True
+    carrier: bool = True
+    #: by their text, as ``getsockname`` spells it
+    addresses: dict[str, LinkAddress] = field(default_factory=dict[str, LinkAddress])
+
+
+def listed(things: Iterable[object]) -> str:
+    """Return *things* joined for a message, the long tail counted."""
+    texts = [str(thing) for thing in things]
+    more = len(texts) - _LISTED
+    return ", ".join(texts) if more <= 0 else f"{', '.join(texts[:_LISTED])} and {more} more"
+
+
+def _version(target: Target) -> int:
+    return 6 if target.family == socket.AF_INET6 else 4
+
+
+def bind_any(
+    local: tuple[IPAddress, ...],
+    target: Target,
+    *,
+    own: Container[str] = (),
+    device: str | None = None,
+    freebind: bool = False,
+) -> Binding | Refusal:
+    """Decide for a source that names its addresses: bind one of *local* that has the target's family.
+
+    Args:
+        local: the addresses of the source, the first one first.
+        target: where to.
+        own: every address of this host, as text; asked only when a loopback address is to leave for elsewhere.
+        device: the interface to pin as well.
+        freebind: no interface needs to hold the address.
+    """
+    version = _version(target)
+    same = tuple(ip for ip in local if ip.version == version)
+    if not same:
+        return Refusal(errno.EADDRNOTAVAIL, f"the source has no IPv{version} address (it has {listed(local)})")
+    # Measured: from ::1 the kernel sends SYNs to other hosts, which can never answer.
+    usable = tuple(ip for ip in same if not ip.is_loopback or target.reach == "loopback" or target.host in own)
+    if not usable:
+        return Refusal(errno.ENETUNREACH, f"from the loopback address {same[0]} only this host itself can be reached")
+    return Binding(device, usable, freebind)
+
+
+def bind_on_link(
+    link: Link, target: Target, own: Container[str] = (), local: tuple[IPAddress, ...] | None = None
+) -> Binding | Refusal:
+    """Decide for a source that is an interface: pin *link*, and see that its own address is used.
+
+    Args:
+        link: the interface.
+        target: where to.
+        own: every address of this host, as text.
+        local: the addresses that the source names besides the interface; None when it names none.
+    """
+    if link.kind == "vrf":
+        # A VRF device holds no address of its own, its ports do (Documentation/networking/vrf.rst).
+        return Binding(link.name) if local is None else bind_any(local, target, own=own, device=link.name)
+    blocked = _no_way(link, target, own)
+    if blocked:
+        return blocked
+    if local is None:
+        return _own_address(link, target)
+    held = tuple(ip for ip in local if str(ip).partition("%")[0] in link.addresses)
+    if not held:
+        has = f"it has {listed(link.addresses) or 'none'}"
+        return Refusal(errno.EADDRNOTAVAIL, f"{listed(local)} is not an address of {link.name} ({has})")
+    return bind_any(held, target, own=own, device=link.name)
+
+
+def _no_way(link: Link, target: Target, own: Container[str]) -> Refusal | None:
+    if not link.up:
+        return Refusal(errno.ENETUNREACH, f"{link.name} is down")
+    if not link.carrier:
+        # The kernel finds out after 3 s, when nobody has answered for the neighbour.
+        return Refusal(errno.EHOSTUNREACH, f"{link.name} has no carrier")
+    if target.scope_id and target.scope_id != link.index:
+        return Refusal(errno.ENETUNREACH, f"{target.host} lies in the zone of another interface than {link.name}")
+    if link.loopback:
+        if target.reach != "loopback" and target.host not in own:
+            return Refusal(errno.ENETUNREACH, f"only this host itself can be reached through {link.name}")
+    elif target.reach == "loopback":
+        # Measured: the kernel would ask for 127.0.0.1 by ARP on the wire of that interface.
+        return Refusal(errno.ENETUNREACH, f"a loopback address cannot be reached through {link.name}")
+    return None
+
+
+def _own_address(link: Link, target: Target) -> Binding | Refusal:
+    """Let the kernel pick the source address only where it must pick one of *link*'s own.
+
+    RFC 6724 section 5 prefers scope (rule 2) and not being deprecated (rule 3) over the outgoing interface
+    (rule 5), so the kernel takes another interface's address when this one's are of a lesser kind. The same
+    holds for IPv4 addresses of any scope but global as soon as there is a gateway on the way, even to 169.254.0.0/16.
+    All measured on Linux 6.18 with a device-bound socket.
+    """
+    version = _version(target)
+    same = [address for address in link.addresses.values() if address.ip.version == version]
+    ready = [address for address in same if not address.tentative]
+    if not ready:
+        state = f"only tentative IPv{version} addresses" if same else f"no IPv{version} address"
+        return Refusal(errno.EADDRNOTAVAIL, f"{link.name} has {state}")
+    if target.reach == "loopback":
+        return Binding(link.name, owner=link)
+    if version == 6 and target.reach == "link":
+        if not any(address.ip.is_link_local for address in ready):
+            return Refusal(errno.EADDRNOTAVAIL, f"{link.name} has no link-local IPv6 address")
+        return Binding(link.name, owner=link)
+    wide = [address for address in ready if version == 4 or not address.ip.is_link_local]
+    if any(address.scope == 0 and not address.deprecated for address in wide):
+        return Binding(link.name, owner=link)
+    if not wide:
+        reason = f"{link.name} has only link-local IPv6 addresses, which reach no further than its link"
+        return Refusal(errno.EADDRNOTAVAIL, reason)
+    return Binding(link.name, tuple(address.ip for address in wide), owner=link)

@@ -1,0 +1,295 @@
+"""Law: the doors of asyncio. Each one routes, dials, and hands the connected socket to asyncio's own machinery."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ._dial import Dialer, destination_of
+from ._errors import AiobindError, is_sources_fault, merged
+from ._scope import scoped
+
+if TYPE_CHECKING:
+    import socket
+    import ssl as ssl_module
+    from collections.abc import Callable, Iterable, Sequence
+    from contextlib import AbstractContextManager
+    from types import TracebackType
+    from typing import Self
+
+    from ._dial import SourceStats
+    from ._policy import Policy
+    from ._sockets import BoundSocket, SocketOption
+    from ._sources import Source
+
+__all__ = ["Connector", "connect"]
+
+_ProtocolT = TypeVar("_ProtocolT", bound=asyncio.BaseProtocol)
+
+
+def refuse_unfinished(
+    *,
+    local_ports: range | None = None,
+    dns: str | Sequence[str] = "system",
+    strict: bool = True,
+    borrow: bool = False,
+    direct: Sequence[str] = (),
+    fast_connect: bool = False,
+) -> None:
+    """Raise NotImplementedError for an option whose promise this version cannot keep yet."""
+    asked = {
+        "local_ports": local_ports is not None,
+        f"dns={dns!r}": dns != "system",
+        "strict=False": not strict,
+        "borrow=True": borrow,
+        "direct": bool(direct),
+        "fast_connect=True": fast_connect,
+    }
+    for option, wanted in asked.items():
+        if wanted:
+            raise NotImplementedError(f"{option} is not available yet; leave it at its default")
+
+
+class Connector:
+    """Makes outgoing connections from the sources that you name, on one event loop.
+
+    A connection leaves from the source that the policy chooses, or fails; it never leaves by another one. When a
+    source fails for a reason of its own (its interface is gone, its address is not on this host, it has no route, no
+    port is left), the next one is tried: nothing has been sent yet.
+
+    Args:
+        sources: one or more sources, as texts or values: ``"if!eth0"``, ``"192.0.2.7"``, ``"host!crawler3.example"``,
+            ``"ifhost!eth0!192.0.2.7"``, ``"net!2001:db8:7::/64"``.
+        policy: chooses the source of each connection; default ``RoundRobin()``. An instance serves one connector.
+        happy_eyeballs_delay: RFC 8305's Connection Attempt Delay, in seconds: how long an attempt may take before the
+            next address is tried beside it. None tries one address after the other.
+        local_ports: not available yet.
+        socket_options: ``(level, option, value)`` to set on each socket before it is bound and connected.
+        dns: ``"system"``: names are looked up by the operating system, outside the pin. Others are not available yet.
+        strict: fail where the pin cannot be applied. ``False`` is not available yet.
+        borrow: not available yet.
+        direct: not available yet.
+        fast_connect: not available yet.
+        ttl_dns_cache: how long the addresses of a name (of a destination or of a ``host!`` source) are kept, in
+            seconds. 0 asks each time, None keeps them for as long as the loop lives.
+
+    Raises:
+        InvalidSource: a text names no source.
+        TypeError: no source was named, or something else than texts and sources.
+        ValueError: a source was named twice.
+        NotImplementedError: an option was used that is not available yet.
+
+    There is no timeout: use ``asyncio.timeout``. A connector belongs to the event loop of its first use.
+    """
+
+    def __init__(
+        self,
+        *sources: str | Source,
+        policy: Policy | None = None,
+        happy_eyeballs_delay: float | None = 0.25,
+        local_ports: range | None = None,
+        socket_options: Iterable[SocketOption] = (),
+        dns: str | Sequence[str] = "system",
+        strict: bool = True,
+        borrow: bool = False,
+        direct: Sequence[str] = (),
+        fast_connect: bool = False,
+        ttl_dns_cache: float | None = 10.0,
+    ) -> None:
+        refuse_unfinished(
+            local_ports=local_ports,
+            dns=dns,
+            strict=strict,
+            borrow=borrow,
+            direct=direct,
+            fast_connect=fast_connect,
+        )
+        self._dialer = Dialer(sources, policy=policy, socket_options=socket_options, ttl=ttl_dns_cache)
+        self._delay = happy_eyeballs_delay
+
+    def __repr__(self) -> str:
+        return f"Connector({', '.join(repr(str(origin.source)) for origin in self._dialer.origins)})"
+
+    async def connect(
+        self, host: str, port: int, *, source: str | Source | None = None, family: int = 0
+    ) -> socket.socket:
+        """Return a connected, non-blocking socket. The caller owns it and closes it.
+
+        Args:
+            host: a name or a literal IP address of the destination, with its zone where it needs one.
+            port: its TCP port, 1 to 65535.
+            source: the source of this connection, which need not be one of the connector's; it wins over the policy
+                and over ``use_source``, and no other source is tried.
+            family: ``socket.AF_INET`` or ``socket.AF_INET6`` to use only that; 0 for both.
+
+        Raises:
+            BindError: each source failed for a reason of its own (EPERM, ENODEV, EADDRNOTAVAIL, EADDRINUSE, EINVAL,
+                or ENETUNREACH when it cannot lead there); nothing was sent.
+            ConnectError: the destination was tried and could not be reached; errno is the first attempt's
+                (ECONNREFUSED, ENETUNREACH, EHOSTUNREACH, ETIMEDOUT, ...), and ``.attempts`` has them all.
+            ResolveError: the destination, or a ``host!`` source, has no address.
+            InvalidSource: *source* names no source.
+            RuntimeError: the connector is closed, or belongs to another event loop.
+        """
+        return await self._connect(host, port, source, family)
+
+    async def create_connection(
+        self,
+        protocol_factory: Callable[[], _ProtocolT],
+        host: str,
+        port: int,
+        *,
+        source: str | Source | None = None,
+        family: int = 0,
+        proto: int = 0,
+        flags: int = 0,
+        ssl: bool | ssl_module.SSLContext | None = None,
+        server_hostname: str | None = None,
+        **options: Any,
+    ) -> tuple[asyncio.Transport, _ProtocolT]:
+        """Connect as ``loop.create_connection`` does, from a source.
+
+        Args:
+            protocol_factory: makes the protocol.
+            host: as in ``connect``.
+            port: as in ``connect``.
+            source: as in ``connect``.
+            family: as in ``connect``.
+            proto: the protocol of the socket; 0 is TCP.
+            flags: ``AI_*`` flags for looking up the destination.
+            ssl: True or an ``ssl.SSLContext`` for TLS.
+            server_hostname: the name that the certificate must have; default *host*.
+            **options: ``happy_eyeballs_delay`` and ``interleave`` for this connection; all others are passed on to
+                ``loop.create_connection``: ``ssl_handshake_timeout``, ``ssl_shutdown_timeout``.
+
+        Raises:
+            TypeError: ``local_addr`` or ``sock`` was given: the source is what names the local end.
+            ssl.SSLError: the TLS handshake failed.
+            AiobindError: as in ``connect``.
+        """
+        for name in ("local_addr", "sock"):
+            if name in options:
+                raise TypeError(f"{name} is not taken here: the source names the local end, as in source='192.0.2.7'")
+        if "all_errors" in options:
+            raise TypeError("all_errors is not taken here: a ConnectError always has them all in .attempts")
+        delay = options.pop("happy_eyeballs_delay", self._delay)
+        count = options.pop("interleave", None) or 1
+        if ssl and server_hostname is None:
+            server_hostname = host
+        sock = await self._connect(
+            host, port, source, family, proto=proto, flags=flags, delay=delay, first_family_count=count
+        )
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.create_connection(
+                protocol_factory, sock=sock, ssl=ssl, server_hostname=server_hostname, **options
+            )
+        except BaseException as error:
+            # What fails before a transport has taken the socket leaves it to us: arguments that asyncio refuses. The
+            # failures of TLS (some are ValueErrors, but all are OSErrors) come when the transport closes it itself.
+            if isinstance(error, (TypeError, ValueError)) and not isinstance(error, OSError):
+                sock.close()
+            raise
+
+    async def open_connection(
+        self, host: str, port: int, *, limit: int = 2**16, **options: Any
+    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Connect as ``asyncio.open_connection`` does, from a source.
+
+        Args:
+            host: as in ``connect``.
+            port: as in ``connect``.
+            limit: the buffer limit of the reader, in bytes.
+            **options: as in ``create_connection``, *source* and *family* among them.
+
+        Raises:
+            AiobindError: as in ``connect``.
+        """
+        loop = asyncio.get_running_loop()
+        reader = asyncio.StreamReader(limit=limit, loop=loop)
+        transport, protocol = await self.create_connection(
+            lambda: asyncio.StreamReaderProtocol(reader, loop=loop), host, port, **options
+        )
+        return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
+
+    def use_source(self, source: str | Source) -> AbstractContextManager[Source]:
+        """Pin this connector's connections that are made inside the ``with`` block to *source*.
+
+        It wins over ``aiobind.use_source``; the argument ``source=`` wins over both. Tasks created inside inherit it.
+
+        Raises:
+            InvalidSource: *source* names no source.
+        """
+        return scoped(self._dialer.scope, source)
+
+    def stats(self) -> tuple[SourceStats, ...]:
+        """Return the figures of each source; one from outside the list is there while it has connections."""
+        return self._dialer.stats()
+
+    async def aclose(self) -> None:
+        """Refuse new connections. Those that are open belong to their callers and stay open.
+
+        To forget this leaks nothing.
+        """
+        self._dialer.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def _connect(
+        self,
+        host: str,
+        port: int,
+        source: str | Source | None,
+        family: int,
+        *,
+        proto: int = 0,
+        flags: int = 0,
+        **race: Any,
+    ) -> BoundSocket:
+        """Try the sources in their order, until one works or the failure is not its own."""
+        dialer = self._dialer
+        dialer.enter()
+        _check(host, port)
+        targets = await dialer.targets(host, port, family=family, flags=flags)
+        destination = destination_of(host, port)
+        race.setdefault("delay", self._delay)
+        failures: list[AiobindError] = []
+        for origin in dialer.route(host, source):
+            try:
+                return await dialer.dial(origin, targets, destination, proto=proto, **race)
+            except AiobindError as error:
+                failures.append(error)
+                if not is_sources_fault(error):
+                    break
+        raise merged(failures)
+
+
+def _check(host: str, port: int) -> None:
+    if not isinstance(host, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"the host must be a text, not {type(host).__name__}")
+    if not isinstance(port, int):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"the port must be a number, not {type(port).__name__}")
+    if not 0 < port < 65536:
+        raise ValueError(f"the port must be 1 to 65535, not {port}")
+
+
+async def connect(host: str, port: int, *, source: str | Source, family: int = 0, **options: Any) -> socket.socket:
+    """Return a connected, non-blocking socket from *source*. The caller owns it and closes it.
+
+    One shot of ``Connector(source, **options).connect(host, port, family=family)``, whose errors it raises.
+
+    Args:
+        host: a name or a literal IP address of the destination.
+        port: its TCP port, 1 to 65535.
+        source: the source to connect from.
+        family: ``socket.AF_INET`` or ``socket.AF_INET6`` to use only that; 0 for both.
+        **options: the keywords of ``Connector``.
+    """
+    async with Connector(source, **options) as connector:
+        return await connector.connect(host, port, family=family)

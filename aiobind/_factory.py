@@ -1,0 +1,91 @@
+"""Law: the synchronous form. A socket bound to its source, not yet connected, for clients that connect themselves."""
+
+from __future__ import annotations
+
+from ipaddress import ip_address
+from typing import TYPE_CHECKING, TypeAlias
+
+from ._binding import Refusal, Target, bind_any
+from ._errors import BindError, explained
+from ._interfaces import Interfaces
+from ._platform import platform
+from ._sockets import open_bound
+from ._sources import Address, Host, Interface, Prefix, parse_source
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable, Iterable
+    from typing import Any
+
+    from ._binding import Binding
+    from ._interfaces import InterfaceTable
+    from ._sockets import SocketOption
+    from ._sources import Source
+
+__all__ = ["socket_factory"]
+
+AddrInfo: TypeAlias = "tuple[int | socket.AddressFamily, int | socket.SocketKind, int, str, tuple[Any, ...]]"
+
+
+def socket_factory(
+    source: str | Source, *, socket_options: Iterable[SocketOption] = ()
+) -> Callable[[AddrInfo], socket.socket]:
+    """Return a function that makes a socket bound to *source*, to be connected by others.
+
+    For ``aiohttp.TCPConnector(socket_factory=...)`` and ``aiohappyeyeballs.start_connection``, which hand it one of
+    getaddrinfo's tuples. Prefer ``BoundTCPConnector`` and ``Connector``: only they try other sources, keep idle
+    connections apart by source, and hold the local address of a connection against the promise.
+
+    Args:
+        source: an interface, an address or a prefix. A ``host!`` name would have to be looked up, which blocks.
+        socket_options: ``(level, option, value)`` to set before the socket is bound.
+
+    Returns:
+        A function of ``(family, type, proto, canonname, sockaddr)`` that returns a non-blocking socket, and raises
+        ``BindError`` with the errno of what failed (EPERM, ENODEV, EADDRNOTAVAIL, ENETUNREACH) as ``Connector`` does.
+
+    Raises:
+        InvalidSource: *source* names no source.
+        TypeError: *source* is or contains a host name.
+    """
+    parsed = parse_source(source)
+    if isinstance(parsed, Host) or (isinstance(parsed, Interface) and isinstance(parsed.local, Host)):
+        raise TypeError(
+            f"{parsed} has a name that must be looked up, which a socket factory cannot do without blocking the"
+            " event loop: use aiobind.Connector or aiobind.aiohttp.BoundTCPConnector"
+        )
+    options = tuple(socket_options)
+    interfaces: Interfaces | None = None
+
+    def table() -> InterfaceTable:
+        nonlocal interfaces
+        interfaces = interfaces or Interfaces(platform.feed())
+        return interfaces.caught_up()
+
+    def decide(target: Target) -> Binding | Refusal:
+        match parsed:
+            case Interface(name, Address(ip)):
+                return table().bind(name, target, (ip,))
+            case Interface(name):
+                return table().bind(name, target)
+            case Prefix():
+                return bind_any((parsed.pick(),), target, freebind=True)
+            case Address(ip):
+                own = table().own if ip.is_loopback and target.reach != "loopback" else ()
+                return bind_any((ip,), target, own=own)
+
+    def factory(addr_info: AddrInfo) -> socket.socket:
+        family, kind, proto, _, sockaddr = addr_info
+        target = Target.of(ip_address(sockaddr[0]), sockaddr[1], *sockaddr[3:4])
+        decision = decide(target)
+        if isinstance(decision, Refusal):
+            error = BindError(*decision)
+        else:
+            try:
+                return open_bound(decision, family, kind=kind, proto=proto, options=options)
+            except BindError as refused:
+                error = refused
+        text = explained(parsed, str(target), error.strerror or "")
+        raise BindError(error.errno or 0, text, source=parsed, destination=str(target)) from error.__cause__
+
+    return factory

@@ -1,0 +1,128 @@
+"""Law: what the rest of aiobind may ask of an operating system, and the records in which it answers."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from aiobind._binding import IPAddress, LinkAddress
+
+__all__ = ["AddressGone", "AddressSeen", "Feed", "LinkGone", "LinkSeen", "ListEnd", "Platform", "Record", "sockaddr"]
+
+
+def sockaddr(ip: IPAddress) -> tuple[str, int] | tuple[str, int, int, int]:
+    """Return *ip*, without a port, as ``socket.bind`` takes it.
+
+    Raises:
+        OSError: ENODEV (the zone of *ip* is no interface).
+    """
+    zone = ip.scope_id if ip.version == 6 else None
+    if zone is None:
+        return str(ip), 0
+    try:
+        index = socket.if_nametoindex(zone)
+    except OSError as error:  # it carries no errno
+        raise OSError(errno.ENODEV, f"no interface named {zone!r}") from error
+    # Python drops the zone of a text address in bind(): only the 4-tuple carries it.
+    return str(ip).partition("%")[0], 0, 0, index
+
+
+class LinkSeen(NamedTuple):
+    """An interface exists, or has changed."""
+
+    ifindex: int
+    name: str
+    loopback: bool
+    kind: str
+    master: int
+    altnames: tuple[str, ...]
+    up: bool = True
+    carrier: bool = True
+
+
+class LinkGone(NamedTuple):
+    """An interface is no more."""
+
+    ifindex: int
+
+
+class AddressSeen(NamedTuple):
+    """An interface holds an address, or the address has changed.
+
+    Attributes:
+        ifindex: the interface.
+        address: the address.
+        entry: tells it from other entries of the interface with the same address.
+    """
+
+    ifindex: int
+    address: LinkAddress
+    entry: bytes = b""
+
+
+class AddressGone(NamedTuple):
+    """An interface has lost an address, or one of its entries with that address."""
+
+    ifindex: int
+    ip: IPAddress
+    entry: bytes = b""
+
+
+class ListEnd(NamedTuple):
+    """Everything that `Feed.ask` asked for has been told.
+
+    Attributes:
+        whole: False when something changed meanwhile, so that the list must be asked for once more.
+    """
+
+    whole: bool
+
+
+Record: TypeAlias = LinkSeen | LinkGone | AddressSeen | AddressGone | ListEnd
+
+
+class Feed(Protocol):
+    """What the system tells of its interfaces: a stream of records, read without ever blocking."""
+
+    def fileno(self) -> int:
+        """Return the descriptor that becomes readable when there is something to read."""
+        ...
+
+    def ask(self) -> None:
+        """Ask for a record of every interface and address, and a `ListEnd` behind them."""
+        ...
+
+    def read(self) -> Sequence[Record] | None:
+        """Return what has come, or None when nothing has.
+
+        Raises:
+            OSError: the system refused, or (ENOBUFS) records were lost and the list must be asked for anew.
+        """
+        ...
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        ...
+
+
+class Platform(Protocol):
+    """What an operating system can do for a source."""
+
+    #: flags of socket(2) that make the new socket non-blocking and not inherited, where there are such
+    socket_flags: int
+
+    def pin(self, sock: socket.socket, device: str) -> None:
+        """Let every packet of *sock* leave by *device*, or raise OSError."""
+        ...
+
+    def bind(self, sock: socket.socket, ip: IPAddress, *, freebind: bool) -> None:
+        """Give *sock* the source address *ip* without reserving a port, or raise OSError."""
+        ...
+
+    def feed(self) -> Feed:
+        """Open the stream of what happens to the interfaces, or raise OSError."""
+        ...

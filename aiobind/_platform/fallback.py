@@ -1,0 +1,43 @@
+"""Law: an operating system without a file of its own can bind an address, and refuses to pretend more."""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING, NoReturn
+
+from .base import sockaddr
+
+if TYPE_CHECKING:
+    import socket
+
+    from aiobind._binding import IPAddress
+
+    from .base import Feed
+
+__all__ = ["Fallback"]
+
+
+class Fallback:
+    """Literal addresses work, as everywhere; interfaces do not yet."""
+
+    socket_flags = 0
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def pin(self, sock: socket.socket, device: str) -> None:
+        """Refuse."""
+        self._refuse("pinning a connection to an interface")
+
+    def bind(self, sock: socket.socket, ip: IPAddress, *, freebind: bool) -> None:
+        """Bind *ip*; the port is reserved at once, for want of IP_BIND_ADDRESS_NO_PORT."""
+        if freebind:
+            self._refuse("a net! source")
+        sock.bind(sockaddr(ip))
+
+    def feed(self) -> Feed:
+        """Refuse."""
+        self._refuse("looking up the addresses of an interface")
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise OSError(errno.EOPNOTSUPP, f"{what} is not supported on this platform yet ({self._name})")

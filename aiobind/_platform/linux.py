@@ -1,0 +1,305 @@
+"""Law: the system calls of Linux, each with the kernel's own meaning. Nothing here blocks, nothing decides.
+
+Man pages: socket(7) SO_BINDTODEVICE, ip(7), ipv6(7), netlink(7), rtnetlink(7).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+from ipaddress import IPv4Address, IPv6Address
+from typing import TYPE_CHECKING
+
+from aiobind._binding import LinkAddress
+
+from .base import AddressGone, AddressSeen, LinkGone, LinkSeen, ListEnd, sockaddr
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from aiobind._binding import IPAddress
+
+    from .base import Record
+
+__all__ = ["Linux"]
+
+# Numbers of the kernel's UAPI headers; the socket module lacks some of them in Python 3.11.
+SO_BINDTODEVICE = 25
+IP_FREEBIND = 15
+IPV6_FREEBIND = 78
+IP_BIND_ADDRESS_NO_PORT = 24  # Linux 4.2
+IP_LOCAL_PORT_RANGE = 51  # Linux 6.3
+
+#: The widest range; the kernel narrows it to net.ipv4.ip_local_port_range. With a range set it takes ports of both
+#: parities from the start. Without one it looks for even ports only (odd ones are for bind), so that past half of the
+#: range towards one destination each connect scans the whole half: 39 µs became 650 to 5,931 (Linux 6.18).
+_ALL_PORTS = struct.pack("=I", 65535 << 16 | 1)
+
+
+class Linux:
+    """The pins of Linux."""
+
+    socket_flags = socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+
+    def __init__(self) -> None:
+        self._has_port_range = True
+
+    def pin(self, sock: socket.socket, device: str) -> None:
+        """Set SO_BINDTODEVICE, which needs no privilege on a socket that has none yet (since Linux 5.7).
+
+        Raises:
+            OSError: ENODEV (no such interface), EPERM (an older kernel and no CAP_NET_RAW).
+        """
+        sock.setsockopt(socket.SOL_SOCKET, SO_BINDTODEVICE, os.fsencode(device) + b"\0")
+        self._spread_ports(sock)
+
+    def bind(self, sock: socket.socket, ip: IPAddress, *, freebind: bool) -> None:
+        """Bind *ip* and leave the port to connect(2), which chooses it per destination (IP_BIND_ADDRESS_NO_PORT).
+
+        Raises:
+            OSError: EADDRNOTAVAIL (no interface of this network namespace holds *ip*, or it is still tentative),
+                ENODEV (the zone of *ip* is no interface), EINVAL (the socket has a port already).
+        """
+        if freebind:
+            if ip.version == 4:
+                sock.setsockopt(socket.SOL_IP, IP_FREEBIND, 1)
+            else:
+                sock.setsockopt(socket.IPPROTO_IPV6, IPV6_FREEBIND, 1)
+        try:
+            # At level SOL_IP for IPv6 sockets too: there is no IPV6_ twin, and the kernel takes it.
+            sock.setsockopt(socket.SOL_IP, IP_BIND_ADDRESS_NO_PORT, 1)
+        except OSError as error:
+            if error.errno not in (errno.ENOPROTOOPT, errno.EOPNOTSUPP):
+                raise
+        self._spread_ports(sock)
+        sock.bind(sockaddr(ip))
+
+    def feed(self) -> Netlink:
+        """Open a netlink socket for links and addresses; needs no privilege."""
+        return Netlink()
+
+    def _spread_ports(self, sock: socket.socket) -> None:
+        if self._has_port_range:
+            try:
+                sock.setsockopt(socket.SOL_IP, IP_LOCAL_PORT_RANGE, _ALL_PORTS)
+            except OSError as error:
+                # EOPNOTSUPP is the answer of this protocol alone (MPTCP, before it learned the option).
+                if error.errno not in (errno.ENOPROTOOPT, errno.EOPNOTSUPP):
+                    raise
+                self._has_port_range = error.errno == errno.EOPNOTSUPP
+
+
+# netlink(7), rtnetlink(7) and linux/{netlink,rtnetlink,if_link,if_addr,sock_diag}.h
+_SOL_NETLINK, _NETLINK_NO_ENOBUFS = 270, 5
+_SO_MEMINFO = 55  # Linux 4.12
+_GROUPS = 0x1 | 0x10 | 0x100  # RTMGRP_LINK, RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR
+_NLMSG_ERROR, _NLMSG_DONE = 2, 3
+_NLM_F_REQUEST, _NLM_F_DUMP, _NLM_F_DUMP_INTR = 0x1, 0x300, 0x10
+_RTM_NEWLINK, _RTM_DELLINK, _RTM_GETLINK = 16, 17, 18
+_RTM_NEWADDR, _RTM_DELADDR, _RTM_GETADDR = 20, 21, 22
+_IFLA_IFNAME, _IFLA_MASTER, _IFLA_WIRELESS, _IFLA_LINKINFO = 3, 10, 11, 18
+_IFLA_EXT_MASK, _IFLA_PROP_LIST, _IFLA_ALT_IFNAME = 29, 52, 53
+_IFLA_INFO_KIND = 1
+_IFA_ADDRESS, _IFA_LOCAL, _IFA_FLAGS = 1, 2, 8
+_IFF_UP, _IFF_LOOPBACK, _IFF_LOWER_UP = 0x1, 0x8, 0x10000
+_IFA_F_DADFAILED, _IFA_F_DEPRECATED, _IFA_F_TENTATIVE, _IFA_F_OPTIMISTIC = 0x08, 0x20, 0x40, 0x04
+_RTEXT_FILTER_SKIP_STATS = 8
+_NLA_TYPE_MASK = 0x3FFF
+
+_HEADER = struct.Struct("=IHHII")  # nlmsghdr: length, type, flags, sequence, port
+_ATTRIBUTE = struct.Struct("=HH")  # nlattr: length, type
+_LINK = struct.Struct("=BxHiII")  # ifinfomsg: family, type, index, flags, change
+_ADDRESS = struct.Struct("=BBBBI")  # ifaddrmsg: family, prefix length, flags, scope, index
+_U32 = struct.Struct("=I")
+_MEMINFO = struct.Struct("=32xI")  # the last of nine numbers: SK_MEMINFO_DROPS
+
+#: A dump comes in pieces of at most this size: about 400 addresses, parsed in less than a millisecond.
+_PIECE = 32768
+
+
+class Netlink:
+    """A netlink socket, subscribed to links and addresses.
+
+    The answer to a list and the news come through the one queue of this socket, in the order in which they happened:
+    applying them one after the other gives the present state.
+    """
+
+    def __init__(self) -> None:
+        self._socket = socket.socket(
+            socket.AF_NETLINK,
+            socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC,
+            socket.NETLINK_ROUTE,
+        )
+        self._sequence = 0
+        self._listing = 0  # what is being told: _RTM_GETLINK, then _RTM_GETADDR, then nothing
+        self._whole = True
+        self._lost = 0
+        try:
+            # libuv takes the pending error for the end of the descriptor: after one ENOBUFS uvloop never called the
+            # reader again (0.23). And after ENOBUFS the kernel drops all further news without a word until the queue
+            # has been read to the end (NETLINK_S_CONGESTED). So the losses are counted instead.
+            self._socket.setsockopt(_SOL_NETLINK, _NETLINK_NO_ENOBUFS, 1)
+            self._socket.bind((0, _GROUPS))
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def fileno(self) -> int:
+        """Return the descriptor."""
+        return self._socket.fileno()
+
+    def ask(self) -> None:
+        """Ask for all links; when they have been told, `read` asks for all addresses.
+
+        The kernel tells one list at a time (EBUSY), so one asked for meanwhile ends as not whole.
+        """
+        if self._listing:
+            self._whole = False
+            return
+        skip_statistics = _ATTRIBUTE.pack(8, _IFLA_EXT_MASK) + _U32.pack(_RTEXT_FILTER_SKIP_STATS)
+        self._request(_RTM_GETLINK, _LINK.pack(socket.AF_UNSPEC, 0, 0, 0, 0) + skip_statistics)
+        self._whole = True
+
+    def read(self) -> list[Record] | None:
+        """Return the records of one datagram; None when there is none.
+
+        Raises:
+            OSError: ENOBUFS (the queue overflowed: records are lost), or the kernel's answer to the list.
+        """
+        try:
+            data, (sender, _) = self._socket.recvfrom(_PIECE)
+        except BlockingIOError:
+            before = self._lost
+            (self._lost,) = _MEMINFO.unpack(self._socket.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, _MEMINFO.size))
+            if self._lost != before:
+                raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS)) from None
+            return None
+        return list(self._records(data)) if sender == 0 else []  # 0 is the kernel; nobody else has a say
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._socket.close()
+
+    def __del__(self) -> None:
+        self.close()  # without the ResourceWarning: an owner that forgot to close is no fault of the caller
+
+    def _request(self, kind: int, body: bytes) -> None:
+        self._sequence += 1
+        length = _HEADER.size + len(body)
+        header = _HEADER.pack(length, kind, _NLM_F_REQUEST | _NLM_F_DUMP, self._sequence, 0)
+        self._socket.sendto(header + body, (0, 0))
+        self._listing = kind
+
+    def _records(self, data: bytes) -> Iterator[Record]:
+        for kind, flags, sequence, body in messages(data):
+            if kind in (_NLMSG_DONE, _NLMSG_ERROR):
+                if sequence == self._sequence:
+                    yield from self._end(flags, body)
+            else:
+                if flags & _NLM_F_DUMP_INTR:
+                    self._whole = False
+                record = parse(kind, body)
+                if record is not None:
+                    yield record
+
+    def _end(self, flags: int, body: bytes) -> Iterator[Record]:
+        told, self._listing = self._listing, 0
+        code = struct.unpack_from("=i", body)[0] if len(body) >= 4 else 0
+        if code < 0:
+            raise OSError(-code, os.strerror(-code))
+        if flags & _NLM_F_DUMP_INTR:
+            self._whole = False
+        if told == _RTM_GETLINK:
+            self._request(_RTM_GETADDR, _ADDRESS.pack(socket.AF_UNSPEC, 0, 0, 0, 0))
+        else:
+            yield ListEnd(self._whole)
+
+
+def messages(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
+    """Split a datagram into netlink messages: (type, flags, sequence, body). A cut or senseless rest is dropped."""
+    at = 0
+    while at + _HEADER.size <= len(data):
+        length, kind, flags, sequence, _ = _HEADER.unpack_from(data, at)
+        if length < _HEADER.size or at + length > len(data):
+            return
+        yield kind, flags, sequence, data[at + _HEADER.size : at + length]
+        at += -(-length // 4) * 4
+
+
+def parse(kind: int, body: bytes) -> Record | None:
+    """Return what a message says of a link or an address; None for what says nothing that aiobind uses."""
+    if kind in (_RTM_NEWLINK, _RTM_DELLINK) and len(body) >= _LINK.size:
+        family, _, index, flags, _ = _LINK.unpack_from(body)
+        # AF_BRIDGE tells of a bridge's port: its "deleted" means that the port left the bridge, not that it is gone.
+        if family != socket.AF_UNSPEC:
+            return None
+        return LinkGone(index) if kind == _RTM_DELLINK else _link(index, flags, body[_LINK.size :])
+    if kind in (_RTM_NEWADDR, _RTM_DELADDR) and len(body) >= _ADDRESS.size:
+        return _address(kind, body)
+    return None
+
+
+def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
+    at = 0
+    while at + _ATTRIBUTE.size <= len(data):
+        length, kind = _ATTRIBUTE.unpack_from(data, at)
+        if length < _ATTRIBUTE.size or at + length > len(data):
+            return
+        yield kind & _NLA_TYPE_MASK, data[at + _ATTRIBUTE.size : at + length]
+        at += -(-length // 4) * 4
+
+
+def _text(value: bytes) -> str:
+    return os.fsdecode(value.rstrip(b"\0"))
+
+
+def _link(index: int, flags: int, data: bytes) -> LinkSeen | None:
+    attributes = dict(_attributes(data))
+    # Wireless events come as links with a name and nothing else (rtnetlink_ifinfo_prep in net/wireless/wext-core.c).
+    if _IFLA_IFNAME not in attributes or _IFLA_WIRELESS in attributes:
+        return None
+    info = dict(_attributes(attributes.get(_IFLA_LINKINFO, b"")))
+    master = attributes.get(_IFLA_MASTER, b"")
+    return LinkSeen(
+        index,
+        _text(attributes[_IFLA_IFNAME]),
+        bool(flags & _IFF_LOOPBACK),
+        _text(info.get(_IFLA_INFO_KIND, b"")),
+        _U32.unpack(master)[0] if len(master) == 4 else 0,
+        tuple(
+            _text(value)
+            for kind, value in _attributes(attributes.get(_IFLA_PROP_LIST, b""))
+            if kind == _IFLA_ALT_IFNAME
+        ),
+        bool(flags & _IFF_UP),
+        bool(flags & _IFF_LOWER_UP),
+    )
+
+
+def _address(kind: int, body: bytes) -> AddressSeen | AddressGone | None:
+    _, length, flags, scope, index = _ADDRESS.unpack_from(body)
+    attributes = dict(_attributes(body[_ADDRESS.size :]))
+    # On a point-to-point link IFA_ADDRESS is the peer and IFA_LOCAL is ours; IPv6 without a peer has no IFA_LOCAL.
+    packed = attributes.get(_IFA_LOCAL) or attributes.get(_IFA_ADDRESS, b"")
+    ip: IPAddress
+    entry = b""
+    if len(packed) == 4:
+        ip = IPv4Address(packed)
+        # 192.0.2.1/24, 192.0.2.1/32 and 192.0.2.1 with a peer may all be there, and go one by one (__inet_insert_ifa).
+        entry = bytes((length,)) + attributes.get(_IFA_ADDRESS, b"")
+    elif len(packed) == 16:
+        ip = IPv6Address(packed)
+    else:
+        return None
+    if kind == _RTM_DELADDR:
+        return AddressGone(index, ip, entry)
+    wide = attributes.get(_IFA_FLAGS, b"")
+    if len(wide) == 4:
+        flags = _U32.unpack(wide)[0]
+    # RFC 4429: an optimistic address may be used while it is still being checked, as the last choice, like a
+    # deprecated one (measured: the kernel takes another interface's instead); a failed one may not.
+    tentative = flags & _IFA_F_DADFAILED or (flags & _IFA_F_TENTATIVE and not flags & _IFA_F_OPTIMISTIC)
+    deprecated = flags & (_IFA_F_DEPRECATED | _IFA_F_OPTIMISTIC)
+    return AddressSeen(index, LinkAddress(ip, scope, bool(tentative), bool(deprecated)), entry)

@@ -1,0 +1,435 @@
+"""Law: aiohttp's own connector, with the source in three places: choosing, connecting, and the idle connections.
+
+    connect                     for each source in its turn: aiohttp's ``connect``, with the source in the key
+    _create_connection          notes where the new connection leaves from
+    _wrap_create_connection     our race instead of aiohappyeyeballs'; TLS is aiohttp's
+    _release                    the connection is no longer in use by its source
+
+What aiohttp keeps by key is keyed by source as well, so that no request rides on another source's connection. Only
+``limit_per_host`` counts by host alone (`_PerHost`), and ``limit`` needs no key. These methods and ``_conns``,
+``_acquired_per_host``, ``_loop``, ``_ssl_shutdown_timeout``, ``_wrap_existing_connection`` and
+``ClientResponse._protocol`` are aiohttp's private names; nothing else of aiobind touches one, and a test holds them
+against the oldest and the newest supported aiohttp.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import weakref
+from collections import Counter, defaultdict
+from contextvars import ContextVar
+from ipaddress import ip_address
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import aiohttp
+from aiohttp.abc import AbstractResolver
+from aiohttp.client_proto import ResponseHandler
+
+from ._binding import Target
+from ._connector import refuse_unfinished
+from ._dial import Dialer, Origin, SourceStats, destination_of
+from ._errors import AiobindError, ResolveError, is_sources_fault, merged
+from ._race import interleave
+from ._resolve import resolve
+from ._scope import scoped
+from ._sockets import BoundSource, finders
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine, Iterable, Iterator, Sequence
+    from contextlib import AbstractContextManager
+
+    from aiohttp.abc import ResolveResult
+    from aiohttp.client_reqrep import ClientRequest, ConnectionKey
+    from aiohttp.connector import AddrInfoType, Connection
+    from aiohttp.tracing import Trace
+    from yarl import URL
+
+    from ._binding import Binding
+    from ._policy import Policy
+    from ._sockets import BoundSocket, SocketOption
+    from ._sources import Source
+
+__all__ = ["BoundTCPConnector"]
+
+
+class _SourcedKey(NamedTuple):
+    """What aiohttp keeps idle connections and waiting requests by: its own key, and the source."""
+
+    host_key: ConnectionKey
+    origin: Origin
+
+    @property
+    def is_ssl(self) -> bool:
+        return self.host_key.is_ssl
+
+
+class _PerHost(defaultdict[Any, set[Any]]):
+    """The connections in use to each host, over all sources: aiohttp's table for ``limit_per_host``."""
+
+    def __getitem__(self, key: Any) -> set[Any]:
+        return super().__getitem__(_host_key(key))
+
+    def __delitem__(self, key: Any) -> None:
+        super().__delitem__(_host_key(key))
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        return super().get(_host_key(key), default)
+
+
+def _host_key(key: Any) -> Any:
+    return key.host_key if isinstance(key, _SourcedKey) else key
+
+
+class _SourcedRequest:
+    """A request as aiohttp's pool shall see it: the same, with a key that has the source."""
+
+    def __init__(self, request: ClientRequest, origin: Origin) -> None:
+        self.request = request
+        self.origin = origin
+        self.connection_key = _SourcedKey(request.connection_key, origin)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.request, name)
+
+
+class _Dial:
+    """One new connection: whence, and what came of it. The context carries it past aiohttp's proxy code."""
+
+    def __init__(self, origin: Origin) -> None:
+        self.origin = origin
+        self.sock: BoundSocket | None = None
+        #: the targets that were tried, with the socket where there is one
+        self.tried: dict[Target, BoundSocket | None] = {}
+
+
+_dialling: ContextVar[_Dial] = ContextVar("aiobind_dialling")
+
+
+class _Dialer(Dialer):
+    """Notes which targets are tried: a deadline may come before the race has come to the last ones."""
+
+    async def _attempt(
+        self, loop: asyncio.AbstractEventLoop, source: Source, target: Target, binding: Binding, proto: int
+    ) -> BoundSocket:
+        tried = _dialling.get().tried
+        tried[target] = None
+        sock = tried[target] = await super()._attempt(loop, source, target, binding, proto)
+        return sock
+
+
+#: Where the connection of a protocol leaves from; also when its response was read and it went back to the pool.
+_bound: weakref.WeakKeyDictionary[ResponseHandler, BoundSource] = weakref.WeakKeyDictionary()
+
+
+def _bound_response(thing: object) -> BoundSource | None:
+    if not isinstance(thing, aiohttp.ClientResponse):
+        return None
+    protocol = thing._protocol  # noqa: SLF001
+    return _bound.get(protocol) if isinstance(protocol, ResponseHandler) else None
+
+
+finders.append(_bound_response)
+
+
+class _SystemResolver(AbstractResolver):
+    """The operating system's resolver, in aiobind's own threads; aiohttp's cache stands before it."""
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        try:
+            found = await resolve(host, family=family, flags=socket.AI_ADDRCONFIG, ttl=0)
+        except socket.gaierror as error:
+            destination = destination_of(host, port)
+            text = f"connect to {destination}: the destination's name cannot be resolved: {error.strerror}"
+            raise ResolveError(error.errno or socket.EAI_FAIL, text, destination=destination) from error
+        return [
+            {
+                "hostname": host,
+                "host": f"{ip}%{scope_id}" if scope_id else str(ip),
+                "port": port,
+                "family": socket.AF_INET6 if ip.version == 6 else socket.AF_INET,
+                "proto": 0,
+                "flags": socket.AI_NUMERICHOST | socket.AI_NUMERICSERV,
+            }
+            for ip, scope_id in found
+        ]
+
+    async def close(self) -> None:
+        """Do nothing: there is nothing to close."""
+
+
+class BoundTCPConnector(aiohttp.TCPConnector):
+    """An ``aiohttp.TCPConnector`` whose connections leave from the sources that you name.
+
+    A keep-alive connection belongs to its source: a request for one source never rides on another's. The policy
+    chooses for each request. When a source fails for a reason of its own, the request goes to the next one.
+
+    Args:
+        sources: one or more sources, as for ``aiobind.Connector``.
+        policy: chooses the source of each request; default ``RoundRobin()``. An instance serves one connector.
+        limit_per_source: how many connections of one source may be in use or being made at the same time; 0 (the
+            default) for no limit. ``limit`` and ``limit_per_host`` keep aiohttp's meaning, over all sources together.
+        happy_eyeballs_delay: RFC 8305's Connection Attempt Delay in seconds; None tries one address after the other.
+        interleave: RFC 8305's First Address Family Count; default 1.
+        local_ports, dns, strict, borrow, direct, fast_connect: as for ``aiobind.Connector``.
+        socket_options: as for ``aiobind.Connector``.
+        use_dns_cache: keep the addresses of names, of destinations as well as of ``host!`` sources.
+        ttl_dns_cache: for how long, in seconds; None for ever.
+        resolver: one of aiohttp's resolvers, for destinations; default: the operating system's, in threads that
+            neither block each other nor hold the end of the program.
+        **keywords: every other keyword of ``aiohttp.TCPConnector``.
+
+    Raises:
+        InvalidSource: a text names no source.
+        TypeError: no source was named; or ``local_addr`` or ``socket_factory``, whose place the source takes.
+        ValueError: a source was named twice; or ``dns`` and ``resolver`` together.
+        NotImplementedError: an option was used that is not available yet.
+
+    Errors of a request are aiohttp's own: a ``ClientConnectorError`` with the ``BindError``, ``ConnectError`` or
+    ``ResolveError`` as its ``os_error``, and its errno.
+    """
+
+    def __init__(
+        self,
+        *sources: str | Source,
+        policy: Policy | None = None,
+        limit_per_source: int = 0,
+        happy_eyeballs_delay: float | None = 0.25,
+        interleave: int | None = None,
+        local_ports: range | None = None,
+        socket_options: Iterable[SocketOption] = (),
+        dns: str | Sequence[str] = "system",
+        strict: bool = True,
+        borrow: bool = False,
+        direct: Sequence[str] = (),
+        fast_connect: bool = False,
+        use_dns_cache: bool = True,
+        ttl_dns_cache: int | None = 10,
+        resolver: AbstractResolver | None = None,
+        **keywords: Any,
+    ) -> None:
+        for name in ("local_addr", "socket_factory"):
+            if name in keywords:
+                raise TypeError(f"{name} is not taken here: the source names the local end, as in '192.0.2.7'")
+        if dns != "system" and resolver is not None:
+            raise ValueError("dns= and resolver= both say how names are looked up: give one")
+        refuse_unfinished(
+            local_ports=local_ports,
+            dns=dns,
+            strict=strict,
+            borrow=borrow,
+            direct=direct,
+            fast_connect=fast_connect,
+        )
+        # First, so that a wrong source leaves no half-made connector behind.
+        self._dialer = _Dialer(
+            sources,
+            policy=policy,
+            socket_options=socket_options,
+            ttl=ttl_dns_cache if use_dns_cache else 0,
+            pooled=True,
+        )
+        self._delay = happy_eyeballs_delay
+        self._first_family_count = interleave or 1
+        self._limit_per_source = limit_per_source
+        self._slots: weakref.WeakKeyDictionary[Origin, asyncio.Semaphore] = weakref.WeakKeyDictionary()
+        super().__init__(
+            happy_eyeballs_delay=happy_eyeballs_delay,
+            interleave=interleave,
+            use_dns_cache=use_dns_cache,
+            ttl_dns_cache=ttl_dns_cache,
+            resolver=_SystemResolver() if resolver is None else resolver,
+            **keywords,
+        )
+        self._acquired_per_host = _PerHost(set)
+
+    @property
+    def limit_per_source(self) -> int:
+        """How many connections of one source may be in use or being made; 0 for no limit."""
+        return self._limit_per_source
+
+    def use_source(self, source: str | Source) -> AbstractContextManager[Source]:
+        """Pin this connector's requests that are made inside the ``with`` block to *source*.
+
+        *source* need not be one of the connector's. A pinned request never moves to another source. This pin wins over
+        ``aiobind.use_source``; tasks created inside inherit it.
+
+        Raises:
+            InvalidSource: *source* names no source.
+        """
+        return scoped(self._dialer.scope, source)
+
+    def stats(self) -> tuple[SourceStats, ...]:
+        """Return the figures of each source; one from outside the list is there while it has connections."""
+        idle = Counter(
+            key.origin.source
+            for key, connections in cast("dict[object, Sequence[tuple[ResponseHandler, float]]]", self._conns).items()
+            if isinstance(key, _SourcedKey)  # aiohttp 3.12 keeps a proxy's tunnel as well, under its own key
+            for protocol, _ in connections
+            if protocol.is_connected()
+        )
+        return tuple(figures._replace(idle=idle[figures.source]) for figures in self._dialer.stats())
+
+    def close(self, **keywords: Any) -> Coroutine[Any, Any, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Close all connections, as ``aiohttp.TCPConnector.close`` does."""
+        self._dialer.close()
+        for slot in self._slots.values():
+            slot.release()  # who waits for it finds the connector closed, and passes it on
+        return super().close(**keywords)
+
+    async def connect(self, req: ClientRequest, traces: list[Trace], timeout: aiohttp.ClientTimeout) -> Connection:
+        """Get a connection for *req*, from the pool or a new one, from the source that is its turn."""
+        if self._loop is not asyncio.get_running_loop():
+            raise RuntimeError("this connector belongs to another event loop: make one for each loop")
+        failures: list[AiobindError] = []
+        error: aiohttp.ClientConnectorError | None = None
+        for origin in self._origins(req.url.raw_host or ""):
+            try:
+                return await self._connect_from(origin, req, traces, timeout)
+            except aiohttp.ClientConnectorError as this:
+                failure = getattr(this, "os_error", None)  # ClientConnectorCertificateError had none in aiohttp 3.12
+                if not isinstance(failure, AiobindError):
+                    raise
+                error = this
+                failures.append(failure)
+                if not is_sources_fault(failure):
+                    break
+        if error is None:
+            raise RuntimeError("the policy named no source")
+        if len(failures) == 1:
+            raise error
+        raise type(error)(error.args[0], merged(failures)) from error
+
+    def _origins(self, host: str) -> Iterator[Origin]:
+        """Yield the sources in the order to try; those whose slots are all taken come last, and are waited for."""
+        full: list[Origin] = []
+        for origin in self._dialer.route(host):
+            if self._limit_per_source and self._slot(origin).locked():
+                full.append(origin)
+            else:
+                yield origin
+        yield from full
+
+    def _slot(self, origin: Origin) -> asyncio.Semaphore:
+        slot = self._slots.get(origin)
+        if slot is None:
+            slot = self._slots[origin] = asyncio.Semaphore(self._limit_per_source)
+        return slot
+
+    async def _connect_from(
+        self, origin: Origin, req: ClientRequest, traces: list[Trace], timeout: aiohttp.ClientTimeout
+    ) -> Connection:
+        sourced = cast("ClientRequest", _SourcedRequest(req, origin))
+        if not self._limit_per_source:
+            connection = await super().connect(sourced, traces, timeout)
+        else:
+            slot = self._slot(origin)
+            async with _deadline(timeout.connect):  # the wait for a slot counts as aiohttp's own wait does
+                await slot.acquire()
+                try:
+                    if self.closed:
+                        raise aiohttp.ClientConnectionError("Connector is closed")
+                    connection = await super().connect(sourced, traces, timeout)
+                except BaseException:
+                    slot.release()
+                    raise
+        origin.held += 1
+        return connection
+
+    def _release(self, key: Any, protocol: ResponseHandler, *, should_close: bool = False) -> None:
+        super()._release(key, protocol, should_close=should_close)
+        if isinstance(key, _SourcedKey):  # not the tunnel of a proxy, which is released under aiohttp's own key
+            key.origin.held -= 1
+            if self._limit_per_source:
+                self._slot(key.origin).release()
+
+    async def _create_connection(
+        self, req: ClientRequest, traces: list[Trace], timeout: aiohttp.ClientTimeout
+    ) -> ResponseHandler:
+        sourced = cast("_SourcedRequest", req)
+        dial = _Dial(sourced.origin)
+        token = _dialling.set(dial)
+        try:
+            protocol = await super()._create_connection(sourced.request, traces, timeout)
+        finally:
+            _dialling.reset(token)
+        if dial.sock is not None and dial.sock.bound is not None:
+            _bound[protocol] = dial.sock.bound
+        return protocol
+
+    async def _wrap_create_connection(  # type: ignore[override]
+        self,
+        *args: Any,
+        addr_infos: list[AddrInfoType],
+        req: ClientRequest,
+        timeout: aiohttp.ClientTimeout,
+        client_error: type[aiohttp.ClientConnectorError] = aiohttp.ClientConnectorError,
+        **keywords: Any,
+    ) -> tuple[asyncio.Transport, ResponseHandler]:
+        if self.closed:
+            raise aiohttp.ClientConnectionError("Connector is closed")
+        dial = _dialling.get()
+        if keywords.get("ssl") and getattr(self, "_ssl_shutdown_timeout", None):
+            keywords["ssl_shutdown_timeout"] = self._ssl_shutdown_timeout
+        failure: Exception | None = None
+        try:
+            infos = {_target(info, req.url): info for info in addr_infos}
+            targets = interleave(list(infos), self._first_family_count)
+            while True:
+                dial.sock, dial.tried = None, {}
+                try:
+                    async with _deadline(timeout.sock_connect):
+                        dial.sock = await self._dialer.dial(
+                            dial.origin,
+                            targets,
+                            destination_of(req.url.raw_host or "", targets[0].port),
+                            delay=self._delay,
+                            first_family_count=self._first_family_count,
+                        )
+                        return await self._wrap_existing_connection(
+                            *args, sock=dial.sock, req=req, timeout=_NO_TIMEOUT, client_error=client_error, **keywords
+                        )
+                except (aiohttp.ClientConnectorError, TimeoutError) as error:
+                    # On with the others: TLS failed at the one that was reached, or none was reached in time. Not by
+                    # aiohttp's own loop, which drops one address of each family and races those that are left again.
+                    done = {target for target, sock in dial.tried.items() if sock is dial.sock}
+                    targets = [target for target in targets if done and target not in done]
+                    addr_infos[:] = [infos[target] for target in targets]
+                    if not targets:
+                        raise
+                    failure = error
+        except AiobindError as error:
+            addr_infos.clear()  # the race has tried them all
+            if failure is not None and is_sources_fault(error):
+                raise failure from error  # the source could not serve the others
+            raise client_error(req.connection_key, error) from error
+        except (TypeError, ValueError) as error:
+            # An argument that asyncio refuses before a transport has taken the socket (failures of TLS are OSErrors).
+            if dial.sock is not None and not isinstance(error, OSError):
+                dial.sock.close()
+            raise
+
+
+#: The deadline of a connect holds for TCP and TLS together; the second one needs none of its own.
+_NO_TIMEOUT = aiohttp.ClientTimeout(total=None, connect=None, sock_connect=None, sock_read=None)
+
+
+def _deadline(seconds: float | None) -> asyncio.Timeout:
+    return asyncio.timeout(seconds if seconds and seconds > 0 else None)  # 0 is none, for aiohttp
+
+
+def _target(info: AddrInfoType, url: URL) -> Target:
+    text, port = str(info[4][0]), int(info[4][1])
+    if text == url.raw_host:
+        text = url.host or text  # a zone is written "%25eth0" in a URL (RFC 6874)
+    host, _, zone = text.partition("%")
+    try:
+        scope_id = int(zone) if zone.isdecimal() else socket.if_nametoindex(zone) if zone else 0
+        return Target.of(ip_address(host), port, scope_id)
+    except (OSError, ValueError) as error:
+        reason = f"no interface of this host is named {zone!r}" if zone else f"{host!r} is not an IP address"
+        destination = destination_of(text, port)
+        text = f"connect to {destination}: {reason}"
+        raise ResolveError(socket.EAI_NONAME, text, destination=destination) from error
