@@ -172,7 +172,10 @@ def bind_on_link(
         return blocked
     if local is None:
         return _own_address(link, target)
-    held = tuple(ip for ip in local if str(ip).partition("%")[0] in link.addresses)
+    # The whole of 127.0.0.0/8 is local to the loopback interface, which lists 127.0.0.1 alone.
+    held = tuple(
+        ip for ip in local if str(ip).partition("%")[0] in link.addresses or (link.loopback and ip.is_loopback)
+    )
     if not held:
         has = f"it has {listed(link.addresses) or 'none'}"
         return Refusal(errno.EADDRNOTAVAIL, f"{listed(local)} is not an address of {link.name} ({has})")

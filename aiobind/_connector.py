@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ._dial import Dialer, destination_of
@@ -10,7 +11,6 @@ from ._errors import AiobindError, is_sources_fault, merged
 from ._scope import scoped
 
 if TYPE_CHECKING:
-    import socket
     import ssl as ssl_module
     from collections.abc import Callable, Iterable, Sequence
     from contextlib import AbstractContextManager
@@ -155,7 +155,7 @@ class Connector:
             port: as in ``connect``.
             source: as in ``connect``.
             family: as in ``connect``.
-            proto: the protocol of the socket; 0 is TCP.
+            proto: 0 or ``IPPROTO_TCP``.
             flags: ``AI_*`` flags for looking up the destination.
             ssl: True or an ``ssl.SSLContext`` for TLS.
             server_hostname: the name that the certificate must have; default *host*.
@@ -172,24 +172,30 @@ class Connector:
                 raise TypeError(f"{name} is not taken here: the source names the local end, as in source='192.0.2.7'")
         if "all_errors" in options:
             raise TypeError("all_errors is not taken here: a ConnectError always has them all in .attempts")
+        if proto not in (0, socket.IPPROTO_TCP):
+            # loop.sock_connect looks even a literal up for any other protocol, on asyncio as on uvloop (EAI_SOCKTYPE).
+            raise NotImplementedError("proto: only TCP is available yet")
         delay = options.pop("happy_eyeballs_delay", self._delay)
         count = options.pop("interleave", None) or 1
         if ssl and server_hostname is None:
             server_hostname = host
-        sock = await self._connect(
-            host, port, source, family, proto=proto, flags=flags, delay=delay, first_family_count=count
-        )
-        loop = asyncio.get_running_loop()
+        sock = await self._connect(host, port, source, family, flags=flags, delay=delay, first_family_count=count)
         try:
-            return await loop.create_connection(
-                protocol_factory, sock=sock, ssl=ssl, server_hostname=server_hostname, **options
+            protocol = protocol_factory()
+        except BaseException:
+            sock.close()
+            raise
+        try:
+            transport, _ = await asyncio.get_running_loop().create_connection(
+                lambda: protocol, sock=sock, ssl=ssl, server_hostname=server_hostname, **options
             )
-        except BaseException as error:
-            # What fails before a transport has taken the socket leaves it to us: arguments that asyncio refuses. The
-            # failures of TLS (some are ValueErrors, but all are OSErrors) come when the transport closes it itself.
-            if isinstance(error, (TypeError, ValueError)) and not isinstance(error, OSError):
+        except (TypeError, ValueError) as error:
+            # Arguments that asyncio refuses, before a transport takes the socket; later it is the transport that closes
+            # it. A certificate's failure is a ValueError too, and an OSError.
+            if not isinstance(error, OSError):
                 sock.close()
             raise
+        return transport, protocol
 
     async def open_connection(
         self, host: str, port: int, *, limit: int = 2**16, **options: Any
@@ -248,7 +254,6 @@ class Connector:
         source: str | Source | None,
         family: int,
         *,
-        proto: int = 0,
         flags: int = 0,
         **race: Any,
     ) -> BoundSocket:
@@ -262,11 +267,13 @@ class Connector:
         failures: list[AiobindError] = []
         for origin in dialer.route(host, source):
             try:
-                return await dialer.dial(origin, targets, destination, proto=proto, **race)
+                return await dialer.dial(origin, targets, destination, **race)
             except AiobindError as error:
                 failures.append(error)
                 if not is_sources_fault(error):
                     break
+        if not failures:
+            raise RuntimeError("the policy named no source")
         raise merged(failures)
 
 

@@ -213,7 +213,6 @@ class Dialer:
         *,
         delay: float | None,
         first_family_count: int = 1,
-        proto: int = 0,
     ) -> BoundSocket:
         """Return a socket connected to one of *targets* from the source of *origin*, and counted there.
 
@@ -223,7 +222,6 @@ class Dialer:
             destination: what the caller calls it; for messages.
             delay: RFC 8305's Connection Attempt Delay in seconds; None: one attempt after the other.
             first_family_count: RFC 8305's First Address Family Count.
-            proto: the protocol of the socket, for example ``IPPROTO_MPTCP``.
 
         Raises:
             BindError: the source itself failed, and nothing was sent.
@@ -244,7 +242,7 @@ class Dialer:
             else:
                 bindings[target] = decision
         order = list(bindings) if len(bindings) < 2 else interleave(list(bindings), first_family_count)
-        attempts = [partial(self._attempt, loop, source, target, bindings[target], proto) for target in order]
+        attempts = [partial(self._attempt, loop, source, target, bindings[target]) for target in order]
         sock, errors = await race(attempts, delay)
         if sock is None:
             raise _failure(source, destination, list(zip(order, errors, strict=True)), refusals)
@@ -253,9 +251,9 @@ class Dialer:
         return sock
 
     async def _attempt(
-        self, loop: asyncio.AbstractEventLoop, source: Source, target: Target, binding: Binding, proto: int
+        self, loop: asyncio.AbstractEventLoop, source: Source, target: Target, binding: Binding
     ) -> BoundSocket:
-        sock = open_bound(binding, target.family, proto=proto, options=self._options)
+        sock = open_bound(binding, target.family, options=self._options)
         guard: Guard | None = None
         try:
             with self._planner.guard(sock, binding, target) as guard:

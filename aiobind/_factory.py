@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -78,14 +79,13 @@ def socket_factory(
         family, kind, proto, _, sockaddr = addr_info
         target = Target.of(ip_address(sockaddr[0]), sockaddr[1], *sockaddr[3:4])
         decision = decide(target)
-        if isinstance(decision, Refusal):
-            error = BindError(*decision)
-        else:
-            try:
-                return open_bound(decision, family, kind=kind, proto=proto, options=options)
-            except BindError as refused:
-                error = refused
-        text = explained(parsed, str(target), error.strerror or "")
-        raise BindError(error.errno or 0, text, source=parsed, destination=str(target)) from error.__cause__
+        try:
+            if isinstance(decision, Refusal):
+                raise BindError(*decision)
+            return open_bound(decision, family, kind=kind, proto=proto, options=options)
+        except BindError as error:
+            text = explained(parsed, str(target), error.strerror or "")
+            number = error.errno or errno.EINVAL
+            raise BindError(number, text, source=parsed, destination=str(target)) from error.__cause__
 
     return factory

@@ -158,7 +158,8 @@ class Interfaces:
             self._listing, self._must_ask = None, True
             if error.errno != errno.ENOBUFS:
                 raise
-            return True  # news were lost; what is still in the queue comes first
+            self._ask()  # news were lost
+            return True
         if records is None and self._must_ask:
             self._ask()
             return True

@@ -110,11 +110,11 @@ class _Dialer(Dialer):
     """Notes which targets are tried: a deadline may come before the race has come to the last ones."""
 
     async def _attempt(
-        self, loop: asyncio.AbstractEventLoop, source: Source, target: Target, binding: Binding, proto: int
+        self, loop: asyncio.AbstractEventLoop, source: Source, target: Target, binding: Binding
     ) -> BoundSocket:
         tried = _dialling.get().tried
         tried[target] = None
-        sock = tried[target] = await super()._attempt(loop, source, target, binding, proto)
+        sock = tried[target] = await super()._attempt(loop, source, target, binding)
         return sock
 
 

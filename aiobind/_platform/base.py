@@ -100,7 +100,8 @@ class Feed(Protocol):
         """Return what has come, or None when nothing has.
 
         Raises:
-            OSError: the system refused, or (ENOBUFS) records were lost and the list must be asked for anew.
+            OSError: the system refused, or (ENOBUFS) records were lost: those that had come have been dropped as well,
+                with the list that was being told, and a new one must be asked for.
         """
         ...
 

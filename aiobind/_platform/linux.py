@@ -9,6 +9,7 @@ import errno
 import os
 import socket
 import struct
+from contextlib import suppress
 from ipaddress import IPv4Address, IPv6Address
 from typing import TYPE_CHECKING
 
@@ -137,9 +138,8 @@ class Netlink:
         self._whole = True
         self._lost = 0
         try:
-            # libuv takes the pending error for the end of the descriptor: after one ENOBUFS uvloop never called the
-            # reader again (0.23). And after ENOBUFS the kernel drops all further news without a word until the queue
-            # has been read to the end (NETLINK_S_CONGESTED). So the losses are counted instead.
+            # libuv takes a pending error for the end of the descriptor: after one ENOBUFS uvloop never called the
+            # reader again (0.23). So the kernel is to count what it drops, and raise no error.
             self._socket.setsockopt(_SOL_NETLINK, _NETLINK_NO_ENOBUFS, 1)
             self._socket.bind((0, _GROUPS))
         except BaseException:
@@ -168,19 +168,27 @@ class Netlink:
         Raises:
             OSError: ENOBUFS (the queue overflowed: records are lost), or the kernel's answer to the list.
         """
+        (lost,) = _MEMINFO.unpack(self._socket.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, _MEMINFO.size))
+        if lost != self._lost:
+            self._lost = lost
+            self._drop()
+            raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
         try:
             data, (sender, _) = self._socket.recvfrom(_PIECE)
         except BlockingIOError:
-            before = self._lost
-            (self._lost,) = _MEMINFO.unpack(self._socket.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, _MEMINFO.size))
-            if self._lost != before:
-                raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS)) from None
             return None
         return list(self._records(data)) if sender == 0 else []  # 0 is the kernel; nobody else has a say
 
     def close(self) -> None:
         """Close the socket."""
         self._socket.close()
+
+    def _drop(self) -> None:
+        """Empty the queue: the kernel starts no list while it is full."""
+        with suppress(BlockingIOError):
+            while True:
+                self._socket.recv(1)
+        self._listing = 0  # the list that was being told, if any, has been read to its end
 
     def __del__(self) -> None:
         self.close()  # without the ResourceWarning: an owner that forgot to close is no fault of the caller
