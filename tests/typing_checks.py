@@ -1,0 +1,110 @@
+"""What the types promise, checked by ``make lint`` with mypy and basedpyright. Nothing here is ever run.
+
+An ignored line is a refusal that must happen: both checkers report an ignore that is not needed.
+"""
+# pyright: reportUnnecessaryTypeIgnoreComment=true
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+from typing import TYPE_CHECKING, assert_never, assert_type
+
+import aiohttp
+
+import aiobind
+from aiobind.aiohttp import BoundTCPConnector
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from contextlib import AbstractContextManager
+
+
+class Echo(asyncio.Protocol):
+    """A protocol of a user's own."""
+
+
+class LastFirst:
+    """A policy of a user's own; it inherits from nothing."""
+
+    def order(self, sources: Sequence[aiobind.SourceView], host: str) -> Iterable[aiobind.SourceView]:
+        """Return the sources backwards."""
+        return sorted(sources, key=lambda view: (view.in_use, view.connections, str(view.source)), reverse=bool(host))
+
+
+class Orderless:
+    """This is no policy."""
+
+
+def sources() -> None:
+    parsed = aiobind.parse_source("if!eth0")
+    assert_type(parsed, aiobind.Interface | aiobind.Address | aiobind.Host | aiobind.Prefix)
+    again: aiobind.Source = aiobind.parse_source(parsed)
+    match again:
+        case aiobind.Interface(name, local):
+            assert_type(name, str)
+            assert_type(local, aiobind.Address | aiobind.Host | None)
+        case aiobind.Address() | aiobind.Host() | aiobind.Prefix():
+            pass
+        case _:  # four kinds, and no fifth
+            assert_never(again)
+    aiobind.parse_source(1)  # type: ignore[arg-type]
+
+
+def policies() -> None:
+    every: list[aiobind.Policy] = [aiobind.RoundRobin(), LastFirst()]
+    aiobind.Connector("if!eth0", aiobind.Address("192.0.2.7"), policy=every[0])
+    BoundTCPConnector("if!eth0", policy=LastFirst(), limit=4, limit_per_source=2, ssl=True)
+    aiobind.Connector("if!eth0", policy=Orderless())  # type: ignore[arg-type]
+    aiobind.Connector("if!eth0", policy=LastFirst)  # type: ignore[arg-type]
+
+
+async def doors() -> None:
+    async with aiobind.Connector("if!eth0", socket_options=[(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]) as connector:
+        assert_type(connector, aiobind.Connector)
+        assert_type(await connector.connect("example.com", 443, source="192.0.2.7"), socket.socket)
+        assert_type(
+            await connector.create_connection(Echo, "example.com", 443, ssl=ssl.create_default_context()),
+            tuple[asyncio.Transport, Echo],
+        )
+        assert_type(
+            await connector.open_connection("example.com", 443, ssl=True),
+            tuple[asyncio.StreamReader, asyncio.StreamWriter],
+        )
+        assert_type(connector.stats(), tuple[aiobind.SourceStats, ...])
+        with connector.use_source("if!wwan0") as pinned:
+            assert_type(pinned, aiobind.Interface | aiobind.Address | aiobind.Host | aiobind.Prefix)
+    assert_type(await aiobind.connect("example.com", 443, source="if!eth0"), socket.socket)
+    await aiobind.connect("example.com", 443)  # type: ignore[call-arg]
+
+
+async def edge() -> None:
+    connector = BoundTCPConnector("if!eth0", "if!wwan0", limit_per_source=50)
+    base: aiohttp.TCPConnector = connector
+    pin: AbstractContextManager[aiobind.Source] = connector.use_source(aiobind.Interface("wwan0"))
+    async with aiohttp.ClientSession(connector=connector) as session:
+        with pin, aiobind.use_source("192.0.2.7"):
+            async with session.get("http://example.com/") as response:
+                bound = aiobind.bound_source(response)
+    assert_type(bound, aiobind.BoundSource)
+    assert_type(bound.interface, str | None)
+    assert_type((bound.address, bound.port), tuple[str, int])
+    assert_type(connector.stats(), tuple[aiobind.SourceStats, ...])
+    assert_type(connector.stats()[0].in_use, int)
+    await base.close()
+
+
+def factory() -> None:
+    aiohttp.TCPConnector(socket_factory=aiobind.socket_factory("if!eth0"))
+
+
+def errors() -> None:
+    try:
+        raise aiobind.ConnectError(111, "refused")
+    except aiobind.ConnectError as error:
+        refused: ConnectionError = error
+        assert_type(error.source, aiobind.Interface | aiobind.Address | aiobind.Host | aiobind.Prefix | None)
+        assert_type(error.attempts, tuple[aiobind.Attempt, ...])
+        assert_type(error.attempts[0].error, OSError)
+        raise refused from error
