@@ -11,8 +11,8 @@ The whole in one page. Each row imports only rows below it::
     _dial                                the story of one connect
     _plan   _race   _sockets   _policy   from a source to bindings; RFC 8305; one attempt; the order of sources
     _scope   _interfaces   _resolve      what the context pins; the host's interfaces; names, off the loop
-    _platform                            the operating system, one file each
-    _binding   _errors   _sources        values: decisions, failures, the grammar of sources
+    _platform   _sources                 the operating system, one file each; the grammar of sources
+    _binding   _errors                   values: decisions, failures
 
 One connect: the destination becomes targets (``_dial.targets``); the policy orders the sources (``_dial.route``); for
 the first of them each target gets a binding or a refusal (``_plan``, by the rules of ``_binding``); what is left is
