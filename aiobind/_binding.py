@@ -66,7 +66,8 @@ class Binding(NamedTuple):
         device: the interface that every packet must leave by; None leaves that to the routing table.
         local: source addresses to try in this order, all of the socket's family; empty lets the kernel pick.
         freebind: *local* may be an address that no interface holds (ip(7), IP_FREEBIND).
-        owner: the link that must hold the address which the kernel picked; None when there is nothing to check.
+        owner: the link that the connection stands and falls with, and that must hold the address which the kernel
+            picked; None when there is nothing to check.
     """
 
     device: str | None = None
@@ -179,7 +180,8 @@ def bind_on_link(
     if not held:
         has = f"it has {listed(link.addresses) or 'none'}"
         return Refusal(errno.EADDRNOTAVAIL, f"{listed(local)} is not an address of {link.name} ({has})")
-    return bind_any(held, target, own=own, device=link.name)
+    decision = bind_any(held, target, own=own, device=link.name)
+    return decision._replace(owner=link) if isinstance(decision, Binding) else decision
 
 
 def _no_way(link: Link, target: Target, own: Container[str]) -> Refusal | None:

@@ -131,7 +131,7 @@ class Connector:
             InvalidSource: *source* names no source.
             RuntimeError: the connector is closed, or belongs to another event loop.
         """
-        return await self._connect(host, port, source, family)
+        return await self._connect(host, port, source, family, delay=self._delay)
 
     async def create_connection(
         self,
@@ -254,20 +254,20 @@ class Connector:
         source: str | Source | None,
         family: int,
         *,
+        delay: float | None,
         flags: int = 0,
-        **race: Any,
+        first_family_count: int = 1,
     ) -> BoundSocket:
         """Try the sources in their order, until one works or the failure is not its own."""
         dialer = self._dialer
         dialer.enter()
         _check(host, port)
-        targets = await dialer.targets(host, port, family=family, flags=flags)
+        targets = await dialer.targets(host, port, family=family, flags=flags, first_family_count=first_family_count)
         destination = destination_of(host, port)
-        race.setdefault("delay", self._delay)
         failures: list[AiobindError] = []
         for origin in dialer.route(host, source):
             try:
-                return await dialer.dial(origin, targets, destination, **race)
+                return await dialer.dial(origin, targets, destination, delay=delay)
             except AiobindError as error:
                 failures.append(error)
                 if not is_sources_fault(error):

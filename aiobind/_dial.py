@@ -181,8 +181,17 @@ class Dialer:
 
     # ── targets ──
 
-    async def targets(self, host: str, port: int, *, family: int = 0, flags: int = 0) -> list[Target]:
-        """Return the addresses of the destination.
+    async def targets(
+        self, host: str, port: int, *, family: int = 0, flags: int = 0, first_family_count: int = 1
+    ) -> list[Target]:
+        """Return the addresses of the destination in the order to try them, their families interleaved.
+
+        Args:
+            host: a name or a literal address.
+            port: its port.
+            family: ``AF_INET``, ``AF_INET6``, or 0 for both.
+            flags: ``AI_*`` flags of getaddrinfo(3).
+            first_family_count: RFC 8305's First Address Family Count.
 
         Raises:
             ResolveError: the name has no address, or none of *family*.
@@ -201,7 +210,7 @@ class Dialer:
         targets = [Target.of(ip, port, zone) for ip, zone in found if not family or ip.version == version]
         if not targets:
             raise _unresolved(host, port, f"the destination has no IPv{version} address")
-        return targets
+        return interleave(targets, first_family_count)
 
     # ── plan, race, verify, count ──
 
@@ -212,16 +221,16 @@ class Dialer:
         destination: str,
         *,
         delay: float | None,
-        first_family_count: int = 1,
+        begun: list[Target] | None = None,
     ) -> BoundSocket:
         """Return a socket connected to one of *targets* from the source of *origin*, and counted there.
 
         Args:
             origin: whence.
-            targets: whither, in the order of preference.
+            targets: whither, in the order to try.
             destination: what the caller calls it; for messages.
             delay: RFC 8305's Connection Attempt Delay in seconds; None: one attempt after the other.
-            first_family_count: RFC 8305's First Address Family Count.
+            begun: is filled with the targets that were tried, for a caller whose deadline may come before the last one.
 
         Raises:
             BindError: the source itself failed, and nothing was sent.
@@ -241,18 +250,24 @@ class Dialer:
                 refusals.append(decision)
             else:
                 bindings[target] = decision
-        order = list(bindings) if len(bindings) < 2 else interleave(list(bindings), first_family_count)
-        attempts = [partial(self._attempt, loop, source, target, bindings[target]) for target in order]
+        attempts = [partial(self._attempt, loop, source, *planned, begun) for planned in bindings.items()]
         sock, errors = await race(attempts, delay)
         if sock is None:
-            raise _failure(source, destination, list(zip(order, errors, strict=True)), refusals)
+            raise _failure(source, destination, list(zip(bindings, errors, strict=True)), refusals)
         origin.opened()
         sock.register(origin.ended)
         return sock
 
     async def _attempt(
-        self, loop: asyncio.AbstractEventLoop, source: Source, target: Target, binding: Binding
+        self,
+        loop: asyncio.AbstractEventLoop,
+        source: Source,
+        target: Target,
+        binding: Binding,
+        begun: list[Target] | None,
     ) -> BoundSocket:
+        if begun is not None:
+            begun.append(target)
         sock = open_bound(binding, target.family, options=self._options)
         guard: Guard | None = None
         try:
@@ -267,6 +282,7 @@ class Dialer:
             if isinstance(error, OSError) and not isinstance(error, AiobindError):
                 raise _plain(error) from error
             raise
+        sock.target = target
         sock.bound = BoundSource(source, binding.device or _pinned_zone(binding), address, port)
         return sock
 

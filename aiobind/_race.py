@@ -27,8 +27,8 @@ _T = TypeVar("_T", bound=_Closable)
 
 def interleave(targets: Sequence[Target], first_family_count: int = 1) -> list[Target]:
     """Alternate the address families, beginning with *first_family_count* of the family that came first."""
-    if not targets:
-        return []
+    if len(targets) < 2:
+        return list(targets)
     first = [target for target in targets if target.family == targets[0].family]
     other = [target for target in targets if target.family != targets[0].family]
     head, tail = first[: first_family_count - 1], first[first_family_count - 1 :]

@@ -128,9 +128,9 @@ class _Names:
 
 def _getaddrinfo(key: _Key) -> Answer:
     host, family, flags = key
-    if "\0" in host:  # getaddrinfo(3) would resolve what stands before it
-        return socket.gaierror(socket.EAI_NONAME, "not a host name: it contains NUL")
     try:
+        if "\0" in host:  # getaddrinfo(3) would resolve what stands before it
+            raise ValueError("it contains NUL")
         infos = socket.getaddrinfo(host, None, family, socket.SOCK_STREAM, 0, flags)
     except socket.gaierror as error:
         return error.with_traceback(None)
@@ -138,6 +138,8 @@ def _getaddrinfo(key: _Key) -> Answer:
         return socket.gaierror(socket.EAI_SYSTEM, error.strerror)
     except ValueError as error:  # UnicodeError: no DNS name can be made of it
         return socket.gaierror(socket.EAI_NONAME, f"not a host name: {error}")
+    except Exception as error:  # somebody waits for it (LookupError: a frozen program without its idna codec)
+        return socket.gaierror(socket.EAI_FAIL, f"{type(error).__name__}: {error}")
     found: dict[Resolved, None] = {}
     for family, _, _, _, sockaddr in infos:
         if family in (socket.AF_INET, socket.AF_INET6):

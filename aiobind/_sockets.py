@@ -86,6 +86,7 @@ class BoundSocket(socket.socket):
     """A socket that knows where it leaves from, and reports its end once."""
 
     bound: BoundSource | None = None
+    target: Target | None = None
     _on_end: Callable[[], None] | None = None
 
     def register(self, on_end: Callable[[], None]) -> None:

@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from aiohttp.tracing import Trace
     from yarl import URL
 
-    from ._binding import Binding
     from ._policy import Policy
     from ._sockets import BoundSocket, SocketOption
     from ._sources import Source
@@ -99,24 +98,9 @@ class _Dial:
     def __init__(self, origin: Origin) -> None:
         self.origin = origin
         self.sock: BoundSocket | None = None
-        #: the targets that were tried, with the socket where there is one
-        self.tried: dict[Target, BoundSocket | None] = {}
 
 
 _dialling: ContextVar[_Dial] = ContextVar("aiobind_dialling")
-
-
-class _Dialer(Dialer):
-    """Notes which targets are tried: a deadline may come before the race has come to the last ones."""
-
-    async def _attempt(
-        self, loop: asyncio.AbstractEventLoop, source: Source, target: Target, binding: Binding
-    ) -> BoundSocket:
-        tried = _dialling.get().tried
-        tried[target] = None
-        sock = tried[target] = await super()._attempt(loop, source, target, binding)
-        return sock
-
 
 #: Where the connection of a protocol leaves from; also when its response was read and it went back to the pool.
 _bound: weakref.WeakKeyDictionary[ResponseHandler, BoundSource] = weakref.WeakKeyDictionary()
@@ -224,7 +208,7 @@ class BoundTCPConnector(aiohttp.TCPConnector):
             fast_connect=fast_connect,
         )
         # First, so that a wrong source leaves no half-made connector behind.
-        self._dialer = _Dialer(
+        self._dialer = Dialer(
             sources,
             policy=policy,
             socket_options=socket_options,
@@ -329,8 +313,6 @@ class BoundTCPConnector(aiohttp.TCPConnector):
             async with _deadline(timeout.connect):  # the wait for a slot counts as aiohttp's own wait does
                 await slot.acquire()
                 try:
-                    if self.closed:
-                        raise aiohttp.ClientConnectionError("Connector is closed")
                     connection = await super().connect(sourced, traces, timeout)
                 except BaseException:
                     slot.release()
@@ -375,10 +357,9 @@ class BoundTCPConnector(aiohttp.TCPConnector):
             keywords["ssl_shutdown_timeout"] = self._ssl_shutdown_timeout
         failure: Exception | None = None
         try:
-            infos = {_target(info, req.url): info for info in addr_infos}
-            targets = interleave(list(infos), self._first_family_count)
-            while True:
-                dial.sock, dial.tried = None, {}
+            targets = interleave([_target(info, req.url) for info in addr_infos], self._first_family_count)
+            while targets:
+                dial.sock, begun = None, list[Target]()
                 try:
                     async with _deadline(timeout.sock_connect):
                         dial.sock = await self._dialer.dial(
@@ -386,30 +367,28 @@ class BoundTCPConnector(aiohttp.TCPConnector):
                             targets,
                             destination_of(req.url.raw_host or "", targets[0].port),
                             delay=self._delay,
-                            first_family_count=self._first_family_count,
+                            begun=begun,
                         )
                         return await self._wrap_existing_connection(
                             *args, sock=dial.sock, req=req, timeout=_NO_TIMEOUT, client_error=client_error, **keywords
                         )
                 except (aiohttp.ClientConnectorError, TimeoutError) as error:
-                    # On with the others: TLS failed at the one that was reached, or none was reached in time. Not by
-                    # aiohttp's own loop, which drops one address of each family and races those that are left again.
-                    done = {target for target, sock in dial.tried.items() if sock is dial.sock}
-                    targets = [target for target in targets if done and target not in done]
-                    addr_infos[:] = [infos[target] for target in targets]
-                    if not targets:
-                        raise
+                    # As aiohttp does, on with the others: TLS failed at the one that was reached, or none was in time.
                     failure = error
+                    done = begun if dial.sock is None else [dial.sock.target]
+                    targets = [target for target in targets if done and target not in done]
         except AiobindError as error:
-            addr_infos.clear()  # the race has tried them all
-            if failure is not None and is_sources_fault(error):
-                raise failure from error  # the source could not serve the others
-            raise client_error(req.connection_key, error) from error
+            if failure is None or not is_sources_fault(error):  # else the source cannot serve those that were left
+                failure = client_error(req.connection_key, error)
+                failure.__cause__ = error
         except (TypeError, ValueError) as error:
             # An argument that asyncio refuses before a transport has taken the socket (failures of TLS are OSErrors).
             if dial.sock is not None and not isinstance(error, OSError):
                 dial.sock.close()
             raise
+        addr_infos.clear()  # aiohttp's own loop would drop one address of each family, and race the others again
+        assert failure is not None
+        raise failure
 
 
 #: The deadline of a connect holds for TCP and TLS together; the second one needs none of its own.
