@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import inspect
+import math
 import pickle
 import random
 import re
@@ -26,6 +28,7 @@ import pytest
 import trustme
 from aiohttp import web
 from aiohttp.abc import AbstractResolver
+from dns_server import DnsServer
 from yarl import URL
 
 import aiobind
@@ -33,7 +36,7 @@ from aiobind import BindError, BoundSource, ConnectError, InvalidSource, Resolve
 from aiobind.aiohttp import BoundTCPConnector
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
     from aiobind.lab import Lab, Witness
 
@@ -166,6 +169,13 @@ class Names(AbstractResolver):
 
     async def close(self) -> None:
         pass
+
+
+@pytest.fixture
+def dns(resolv_conf: Callable[..., None]) -> Iterator[DnsServer]:
+    with DnsServer() as dns:
+        resolv_conf(dns.resolv_conf)
+        yield dns
 
 
 class Certificates:
@@ -547,10 +557,7 @@ async def test_a_pinned_request_never_moves(server: Server) -> None:
 
 
 @pytest.mark.parametrize("bad", [MISSING, NOT_OURS, f"ifhost!lo!{NOT_OURS}", "::1", "host!nobody.test"])
-async def test_a_source_that_fails_by_itself_hands_over_to_the_next(
-    server: Server, bad: str, resolv_conf: Callable[..., None]
-) -> None:
-    resolv_conf("nameserver 127.0.0.1\noptions timeout:1 attempts:1\n")
+async def test_a_source_that_fails_by_itself_hands_over_to_the_next(server: Server, bad: str, dns: DnsServer) -> None:
     async with session(bad, A) as client:
         assert [await get(client, server.url()) for _ in range(4)] == [A] * 4
         assert figures(client)[bad] == (0, 0, 0, 0)
@@ -595,22 +602,21 @@ ERRORS = {
         ResolveError,
         socket.EAI_NONAME,
     ),
-    "no such name": (A, "http://nobody.test:1/", aiohttp.ClientConnectorDNSError, ResolveError, socket.EAI_AGAIN),
+    "no such name": (A, "http://nobody.test:1/", aiohttp.ClientConnectorDNSError, ResolveError, socket.EAI_NONAME),
     "no such source": (
         "host!nobody.test",
         "http://127.0.0.1:1/",
         aiohttp.ClientConnectorError,
         ResolveError,
-        socket.EAI_AGAIN,
+        socket.EAI_NONAME,
     ),
 }
 
 
 @pytest.mark.parametrize(("source", "url", "kind", "cause", "number"), ERRORS.values(), ids=list(ERRORS))
 async def test_errors_are_aiohttps_own_with_ours_inside(
-    source: str, url: str, kind: type, cause: type, number: int, resolv_conf: Callable[..., None]
+    source: str, url: str, kind: type, cause: type, number: int, dns: DnsServer
 ) -> None:
-    resolv_conf("nameserver 127.0.0.1\noptions timeout:1 attempts:1\n")
     target = url.format(refusing=refusing())
     async with session(source) as client:
         error = await failure(client, target)
@@ -686,6 +692,15 @@ async def test_the_deadline_of_a_connect_does_not_keep_it_from_the_next_address(
         async with session(A, resolver=names, timeout=timeout, happy_eyeballs_delay=None) as client:
             error = await failure(client, URL(server.url("/", "slow.test")).with_port(1))
             assert isinstance(error, aiohttp.ClientConnectorError)
+
+
+async def test_the_deadline_of_a_connect_holds_while_the_source_is_looked_up(server: Server, dns: DnsServer) -> None:
+    dns.add("slow.test", A, delay=math.inf)
+    timeout = aiohttp.ClientTimeout(total=20, sock_connect=0.1)
+    async with session("host!slow.test", timeout=timeout) as client:
+        assert isinstance(await failure(client, server.url()), aiohttp.ServerTimeoutError)
+        dns.release("slow.test")
+        assert await get(client, server.url(), timeout=aiohttp.ClientTimeout(total=20)) == A
 
 
 # --- several addresses --------------------------------------------------------------------------------------
@@ -786,6 +801,28 @@ async def test_tls(tls: Server, server: Server, certificates: Certificates) -> N
             assert await get(client, bad, headers=headers, server_hostname="good.test") == A
 
 
+async def test_ssl_shutdown_timeout(tls: Server, certificates: Certificates) -> None:
+    async def seconds(connector: aiohttp.TCPConnector) -> float | None:
+        async with aiohttp.ClientSession(connector=connector) as client:
+            tls.go.clear()
+            async with client.get(tls.url("/stream", "good.test", "https"), ssl=certificates.client) as response:
+                assert response.connection is not None
+                protocol = getattr(response.connection.transport, "_ssl_protocol", None)  # uvloop hides it
+                tls.go.set()
+                await response.read()
+                return getattr(protocol, "_ssl_shutdown_timeout", None)
+
+    names = Names(good_test=[HERE])
+    assert await seconds(BoundTCPConnector(A, resolver=names)) == await seconds(aiohttp.TCPConnector(resolver=names))
+    if "ssl_shutdown_timeout" in inspect.signature(aiohttp.TCPConnector).parameters:
+        for given in (0, 7, None):
+            with pytest.warns(DeprecationWarning, match="ssl_shutdown_timeout"):
+                ours = BoundTCPConnector(A, resolver=names, ssl_shutdown_timeout=given)
+            with pytest.warns(DeprecationWarning, match="ssl_shutdown_timeout"):
+                theirs = aiohttp.TCPConnector(resolver=names, ssl_shutdown_timeout=given)
+            assert await seconds(ours) == await seconds(theirs), given
+
+
 async def test_what_asyncio_refuses_leaves_no_socket(tls: Server, certificates: Certificates) -> None:
     if type(asyncio.get_running_loop()).__module__.startswith("uvloop"):
         pytest.skip("uvloop closes the descriptor, and leaves the socket object in the dark")
@@ -844,6 +881,32 @@ async def test_tls_that_fails_at_one_address_goes_on_to_the_next(
             writer.close()
             with contextlib.suppress(ConnectionError):
                 await writer.wait_closed()
+
+
+async def test_an_address_that_lost_the_race_has_another_chance_when_tls_fails_at_the_winner(
+    certificates: Certificates,
+) -> None:
+    async def fail(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        filler.close()
+        await slow.start_serving()
+        writer.write(b"this is no TLS\n")
+        writer.close()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError):  # it is the filler
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\nConnection: close\r\n\r\nslow")
+        writer.close()
+
+    listener, filler = socket.create_server(("127.0.0.11", 0), backlog=0), socket.socket()
+    port = listener.getsockname()[1]
+    filler.setblocking(False)
+    filler.connect_ex(("127.0.0.11", port))
+    slow = await asyncio.start_server(answer, sock=listener, ssl=certificates.good[0], start_serving=False)
+    async with slow, await asyncio.start_server(fail, HERE, port):
+        names = Names(good_test=["127.0.0.11", HERE])
+        async with session(A, resolver=names, ssl=certificates.client, happy_eyeballs_delay=0.02) as client:
+            assert await get(client, f"https://good.test:{port}/") == "slow"
 
 
 async def test_a_wrong_fingerprint_goes_on_to_the_next_address(certificates: Certificates) -> None:
@@ -1181,6 +1244,16 @@ async def test_close_wakes_those_who_wait_for_a_slot(server: Server) -> None:
     assert len(server.peers) == 1
 
 
+async def test_close_lets_go_of_the_watch_on_the_interfaces(server: Server) -> None:
+    async with session("if!lo") as client:
+        await get(client, server.url())
+        watch = weakref.ref(connector_of(client)._dialer._planner._watch)
+        assert watch() is not None
+    gc.collect()
+    assert watch() is None
+    assert connector_of(client).closed
+
+
 FORGETFUL = """
 import asyncio, gc, aiohttp
 from aiohttp import web
@@ -1360,6 +1433,25 @@ async def test_names_are_looked_up_by_the_system(server: Server, resolv_conf: Ca
             assert str(bound_source(response).source) == "host!crawler.test"
     async with serving("::1") as six, session("if!lo") as client:
         assert await get(client, six.url("/", "six.test")) == "::1"
+
+
+async def test_the_cache_is_aiohttps_and_there_is_no_other_behind_it(
+    server: Server, resolv_conf: Callable[..., None]
+) -> None:
+    with socket.create_server((ALSO_HERE, server.port)) as sock:
+        async with serving(sock=sock) as moved:
+            for keywords, seen in (({}, 2), ({"use_dns_cache": False}, 1), ({"ttl_dns_cache": 0}, 1)):
+                resolv_conf("", hosts=f"{HERE} moving.test\n")
+                server.peers.clear()
+                moved.peers.clear()
+                async with session(A, force_close=True, **keywords) as client:
+                    await get(client, server.url("/", "moving.test"))
+                    resolv_conf("", hosts=f"{ALSO_HERE} moving.test\n")
+                    await get(client, server.url("/", "moving.test"))
+                    assert (len(server.peers), len(moved.peers)) == (seen, 2 - seen), keywords
+                    connector_of(client).clear_dns_cache()
+                    await get(client, server.url("/", "moving.test"))
+                    assert len(moved.peers) == 3 - seen, keywords
 
 
 @pytest.mark.parametrize(("keywords", "then"), [({}, A), ({"use_dns_cache": False}, B), ({"ttl_dns_cache": 0}, B)])

@@ -271,10 +271,7 @@ async def by_happy_eyeballs(factory: Callable[[Any], socket.socket], host: str, 
     return answer.rpartition(b"\r\n\r\n")[2].decode()
 
 
-clients = pytest.mark.parametrize("client", [by_aiohttp, by_happy_eyeballs], ids=["aiohttp", "aiohappyeyeballs"])
-
-
-@clients
+@pytest.mark.parametrize("client", [by_aiohttp, by_happy_eyeballs], ids=["aiohttp", "aiohappyeyeballs"])
 @pytest.mark.parametrize(
     ("source", "seen"),
     [("127.0.0.7", "127.0.0.7"), ("if!lo", "127.0.0.1"), ("ifhost!lo!127.0.0.1", "127.0.0.1")],
@@ -295,27 +292,23 @@ NIC_SOURCES = [
 ]
 
 
-@clients
-@pytest.mark.parametrize(("source", "target", "address", "nic"), NIC_SOURCES)
-@pytest.mark.parametrize("privileged", [True, False], ids=["root", "no capabilities"])
-async def test_which_way_it_leaves(
-    request: pytest.FixtureRequest,
-    lab: Lab,
-    witness: Witness,
-    client: Callable[..., Any],
-    source: str,
-    target: str,
-    address: str,
-    nic: str,
-    privileged: bool,
-) -> None:
-    if not privileged:
+@pytest.fixture(params=["root", "no capabilities"])
+def privilege(request: pytest.FixtureRequest) -> None:
+    if request.param == "no capabilities":
         request.getfixturevalue("no_capabilities")
+
+
+@pytest.mark.parametrize(("source", "target", "address", "nic"), NIC_SOURCES)
+@pytest.mark.usefixtures("privilege")
+async def test_which_way_it_leaves(
+    lab: Lab, witness: Witness, source: str, target: str, address: str, nic: str
+) -> None:
     with lab.far:
         listener = socket.create_server((target, 80), family=V6 if ":" in target else V4)
     async with serving(listener):
-        assert await client(socket_factory(source), target, 80) == address
-    assert {(packet.nic, packet.source) for packet in witness.packets()} == {(nic, address)}
+        for client in (by_aiohttp, by_happy_eyeballs):
+            assert await client(socket_factory(source), target, 80) == address
+            assert {(packet.nic, packet.source) for packet in witness.packets()} == {(nic, address)}
 
 
 async def test_a_prefix_in_the_lab(lab: Lab, witness: Witness) -> None:
