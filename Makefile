@@ -56,6 +56,7 @@ $(VENV)/.with-%: pyproject.toml $(CONSTRAINTS) | $(VENV)/.made
 	@touch $@
 
 $(VENV)/.made:
+	@command -v $(PYTHON) >/dev/null || { echo >&2 "There is no $(PYTHON) here: make $(MAKECMDGOALS) PYTHON=..."; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo >&2 "aiobind needs Python 3.11 or newer, and $(PYTHON) is not ($$($(PYTHON) --version 2>&1 || true))."; \
 	  echo >&2 "Name another one: make $(MAKECMDGOALS) PYTHON=python3.13"; exit 1; }

@@ -63,15 +63,11 @@ class Connector:
         policy: chooses the source of each connection; default ``RoundRobin()``. An instance serves one connector.
         happy_eyeballs_delay: RFC 8305's Connection Attempt Delay, in seconds: how long an attempt may take before the
             next address is tried beside it. None tries one address after the other.
-        local_ports: not available yet.
         socket_options: ``(level, option, value)`` to set on each socket before it is bound and connected.
-        dns: ``"system"``: names are looked up by the operating system, outside the pin. Others are not available yet.
-        strict: fail where the pin cannot be applied. ``False`` is not available yet.
-        borrow: not available yet.
-        direct: not available yet.
-        fast_connect: not available yet.
         ttl_dns_cache: how long the addresses of a name (of a destination or of a ``host!`` source) are kept, in
             seconds. 0 asks each time, None keeps them for as long as the loop lives.
+        local_ports, dns, strict, borrow, direct, fast_connect: reserved; only the defaults are available yet. Names
+            are looked up by the operating system, outside the pin, and a pin that cannot be applied is an error.
 
     Raises:
         InvalidSource: a text names no source.
@@ -280,6 +276,8 @@ class Connector:
 def _check(host: str, port: int) -> None:
     if not isinstance(host, str):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"the host must be a text, not {type(host).__name__}")
+    if not host or host[0] == "[":
+        raise ValueError(f"the host must be a name or an address without brackets, not {host!r}")
     if not isinstance(port, int):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"the port must be a number, not {type(port).__name__}")
     if not 0 < port < 65536:

@@ -18,23 +18,22 @@ import os
 import socket
 import weakref
 from functools import partial
-from ipaddress import ip_address
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from ._binding import Refusal, Target
-from ._errors import AiobindError, Attempt, BindError, ConnectError, ResolveError, explained
+from ._errors import AiobindError, Attempt, BindError, ConnectError, ResolveError, explained, shown
 from ._plan import Planner
 from ._policy import RoundRobin
 from ._race import interleave, race
-from ._resolve import Resolved, resolve
+from ._resolve import literal, resolve
 from ._scope import pinned
 from ._sockets import BoundSocket, BoundSource, connect, open_bound
-from ._sources import parse_source
+from ._sources import Prefix, parse_source
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from ._binding import Binding, IPAddress
+    from ._binding import Binding
     from ._interfaces import Guard
     from ._policy import Policy
     from ._sockets import SocketOption
@@ -197,15 +196,13 @@ class Dialer:
             ResolveError: the name has no address, or none of *family*.
         """
         try:
-            literal = ip_address(host)
-        except ValueError:
-            try:
-                found = await resolve(host, family=family, flags=flags, ttl=self._ttl)
-            except socket.gaierror as error:
-                text = f"the destination's name cannot be resolved: {error.strerror}"
-                raise _unresolved(host, port, text, error.errno) from error
-        else:
-            found = (Resolved(literal, _zone(literal, host, port)),)
+            address = literal(host)
+            found = (address,) if address else await resolve(host, family=family, flags=flags, ttl=self._ttl)
+        except socket.gaierror as error:
+            text = f"the destination's name cannot be resolved: {error.strerror}"
+            raise _unresolved(host, port, text, error.errno) from error
+        except OSError as error:
+            raise _unresolved(host, port, error.strerror or "") from error
         version = 6 if family == socket.AF_INET6 else 4
         targets = [Target.of(ip, port, zone) for ip, zone in found if not family or ip.version == version]
         if not targets:
@@ -289,17 +286,8 @@ class Dialer:
 
 def destination_of(host: str, port: int) -> str:
     """Return the destination as people write it."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def _zone(literal: IPAddress, host: str, port: int) -> int:
-    zone = literal.scope_id if literal.version == 6 else None
-    if zone is None:
-        return 0
-    try:
-        return int(zone) if zone.isdecimal() else socket.if_nametoindex(zone)
-    except OSError as error:
-        raise _unresolved(host, port, f"no interface of this host is named {zone!r}, as its zone says") from error
+    text = shown(host)
+    return f"[{text}]:{port}" if ":" in text else f"{text}:{port}"
 
 
 def _pinned_zone(binding: Binding) -> str | None:
@@ -338,6 +326,8 @@ def _failure(
         reason = tried[0][1].strerror or ""
     else:
         reason = "; ".join(f"{target}: {error.strerror}" for target, error in tried)
+    if isinstance(source, Prefix) and tried[0][1].errno in (errno.ENETUNREACH, errno.EADDRNOTAVAIL):
+        reason += f" (is {source.network} routed here? ip route add local {source.network} dev lo)"
     if not_tried:
         reason = f"{reason} (not tried: {not_tried})"
     first = tried[0][1]

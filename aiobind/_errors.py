@@ -35,6 +35,11 @@ def quoted(text: str) -> str:
     return f"{shown[: 2 * _QUOTED]}... ({len(text)} characters)"
 
 
+def shown(text: str) -> str:
+    """Return *text* as it stands where it is short and printable, else escaped and cut, for a message or a log."""
+    return text if len(text) <= 2 * _QUOTED and text.isprintable() else quoted(text)
+
+
 class InvalidSource(ValueError):  # noqa: N818 - the name is public and says what is wrong
     """A text or value that names no source.
 
@@ -121,7 +126,7 @@ class ConnectError(AiobindError, ConnectionError):
     With ECONNREFUSED the error is a ``ConnectionRefusedError`` too.
 
     Attributes:
-        attempts: how each (source, address) that was tried ended, in the order in which they ended.
+        attempts: how each (source, address) that was tried ended, in the order of the attempts.
     """
 
     attempts: tuple[Attempt, ...]
@@ -171,7 +176,7 @@ def merged(failures: Sequence[AiobindError]) -> AiobindError:
     first = failures[0]
     if len(failures) == 1:
         return first
-    causes = "; ".join(f"from {failure.source}: {_cause(failure)}" for failure in failures)
+    causes = "; ".join(f"from {shown(str(failure.source))}: {_cause(failure)}" for failure in failures)
     message = f"connect to {first.destination} failed from each source tried: {causes}"
     attempts = [
         attempt
@@ -195,7 +200,7 @@ def merged(failures: Sequence[AiobindError]) -> AiobindError:
 
 def explained(source: Source, destination: str, reason: str) -> str:
     """Return the message of an error: who wanted what, and why not."""
-    return f"connect from {source} to {destination}: {reason}"
+    return f"connect from {shown(str(source))} to {destination}: {reason}"
 
 
 def _cause(failure: AiobindError) -> str:

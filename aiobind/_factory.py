@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import errno
-from ipaddress import ip_address
 from typing import TYPE_CHECKING, TypeAlias
 
 from ._binding import Refusal, Target, bind_any
 from ._errors import BindError, explained
 from ._interfaces import Interfaces
 from ._platform import platform
+from ._resolve import literal
 from ._sockets import open_bound
 from ._sources import Address, Host, Interface, Prefix, parse_source
 
@@ -60,8 +60,12 @@ def socket_factory(
 
     def table() -> InterfaceTable:
         nonlocal interfaces
-        interfaces = interfaces or Interfaces(platform.feed())
-        return interfaces.caught_up()
+        try:
+            interfaces = interfaces or Interfaces(platform.feed())
+            return interfaces.caught_up()
+        except OSError as error:
+            reason = f"the interfaces of this host cannot be read: {error.strerror}"
+            raise BindError(error.errno or errno.EINVAL, reason) from error
 
     def decide(target: Target) -> Binding | Refusal:
         match parsed:
@@ -77,9 +81,12 @@ def socket_factory(
 
     def factory(addr_info: AddrInfo) -> socket.socket:
         family, kind, proto, _, sockaddr = addr_info
-        target = Target.of(ip_address(sockaddr[0]), sockaddr[1], *sockaddr[3:4])
-        decision = decide(target)
+        address = literal(str(sockaddr[0]))
+        if address is None:
+            raise ValueError(f"a socket factory takes addresses, not names: {sockaddr[0]!r}")
+        target = Target.of(address.ip, sockaddr[1], address.scope_id or (sockaddr[3:] or (0,))[0])
         try:
+            decision = decide(target)
             if isinstance(decision, Refusal):
                 raise BindError(*decision)
             return open_bound(decision, family, kind=kind, proto=proto, options=options)

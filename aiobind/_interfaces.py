@@ -144,6 +144,10 @@ class Interfaces:
         """Whether the table is there, and no list is due that will replace it."""
         return self.table is not None and self._listing is None and not self._must_ask
 
+    def doubt(self) -> None:
+        """Have everything told anew, by the next `read`."""
+        self._must_ask = True
+
     def read(self) -> bool:
         """Take in one piece of news, or ask for everything if that is due; return whether there may be more.
 
@@ -256,6 +260,15 @@ class InterfaceWatch:
                 raise OSError(error.errno, error.strerror) from error
             if self._interfaces.told and self._interfaces.table is not None:
                 return self._interfaces.table
+
+    async def told_anew(self) -> InterfaceTable:
+        """Return the table after the system has told everything anew.
+
+        Raises:
+            OSError: the system refused to tell.
+        """
+        self._interfaces.doubt()
+        return await self.caught_up()
 
     def _read(self) -> bool:
         """Take in a few pieces of news, and tell those who wait; return whether there may be more."""

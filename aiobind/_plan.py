@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from ipaddress import IPv6Address
 from typing import TYPE_CHECKING, assert_never
 
@@ -20,7 +20,7 @@ from ._resolve import resolve
 from ._sources import Address, Host, Interface, Prefix
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Sequence
+    from collections.abc import Awaitable, Callable, Container, Sequence
     from contextlib import AbstractContextManager
 
     from ._binding import Binding, IPAddress, Target
@@ -28,6 +28,11 @@ if TYPE_CHECKING:
     from ._sources import Source
 
 __all__ = ["Planner"]
+
+
+#: A cached look may allow. What it refuses the news may allow, but for a carrier: the kernel tells of one once in a
+#: second at most (net/core/link_watch.c), so that only a list told anew may say that there is none.
+_LOOKS = (InterfaceWatch.table, InterfaceWatch.caught_up, InterfaceWatch.told_anew)
 
 
 class Planner:
@@ -75,7 +80,7 @@ class Planner:
         elif binding.owner is None or address in binding.owner.addresses:
             return
         else:
-            link = (await self._table(caught_up=True)).link(binding.owner.name)
+            link = (await self._table(InterfaceWatch.caught_up)).link(binding.owner.name)
             kept = link is not None and address in link.addresses
         if not kept:
             promised = listed(binding.local) if binding.local else f"an address of {binding.device}"
@@ -87,16 +92,19 @@ class Planner:
     async def _on_interface(
         self, name: str, local: tuple[IPAddress, ...] | None, targets: Sequence[Target]
     ) -> list[Binding | Refusal]:
-        decisions = [(await self._table()).bind(name, target, local) for target in targets]
-        if any(isinstance(decision, Refusal) for decision in decisions):
-            table = await self._table(caught_up=True)
+        decisions: list[Binding | Refusal] = []
+        for look in _LOOKS:
+            table = await self._table(look)
             decisions = [table.bind(name, target, local) for target in targets]
+            refused = {decision.errno for decision in decisions if isinstance(decision, Refusal)}
+            if not refused or (look is InterfaceWatch.caught_up and errno.EHOSTUNREACH not in refused):
+                break
         return decisions
 
     async def _on_address(self, local: tuple[IPAddress, ...], targets: Sequence[Target]) -> list[Binding | Refusal]:
         own: Container[str] = ()
         if any(ip.is_loopback for ip in local) and any(target.reach != "loopback" for target in targets):
-            own = (await self._table(caught_up=True)).own
+            own = (await self._table(InterfaceWatch.caught_up)).own
         return [bind_any(local, target, own=own) for target in targets]
 
     async def _addresses(self, local: Address | Host) -> tuple[IPAddress, ...]:
@@ -107,19 +115,19 @@ class Planner:
         except socket.gaierror as error:
             text = f"the source's name {local.name!r} cannot be resolved: {error.strerror}"
             raise ResolveError(error.errno or socket.EAI_FAIL, text) from error
-        return tuple(
-            IPv6Address(f"{ip}%{socket.if_indextoname(scope_id)}") if scope_id else ip for ip, scope_id in found
-        )
+        return tuple(_with_zone(ip, scope_id) if scope_id else ip for ip, scope_id in found)
 
-    async def _table(self, *, caught_up: bool = False) -> InterfaceTable:
+    async def _table(self, look: Callable[[InterfaceWatch], Awaitable[InterfaceTable]]) -> InterfaceTable:
         try:
-            interfaces = self._interfaces()
-            return await (interfaces.caught_up() if caught_up else interfaces.table())
+            if self._watch is None:
+                self._watch = InterfaceWatch.of(asyncio.get_running_loop())
+            return await look(self._watch)
         except OSError as error:
             reason = f"the interfaces of this host cannot be read: {error.strerror}"
             raise BindError(error.errno or errno.EINVAL, reason) from error
 
-    def _interfaces(self) -> InterfaceWatch:
-        if self._watch is None:
-            self._watch = InterfaceWatch.of(asyncio.get_running_loop())
-        return self._watch
+
+def _with_zone(ip: IPAddress, scope_id: int) -> IPAddress:
+    with suppress(OSError):  # the interface is gone: without its zone the address cannot be bound, which is right
+        return IPv6Address(f"{ip}%{socket.if_indextoname(scope_id)}")
+    return ip

@@ -8,6 +8,8 @@ A caller that is cancelled leaves at once; the look-up goes on for the others an
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import socket
 import threading
 import time
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
     from ._binding import IPAddress
 
-__all__ = ["Resolved", "resolve"]
+__all__ = ["Resolved", "literal", "resolve"]
 
 #: Look-ups that run at the same time in the whole process; further ones wait their turn.
 MAX_THREADS = 256
@@ -79,6 +81,16 @@ class _Threads:
 _threads = _Threads()
 
 
+def _after_fork() -> None:
+    """Begin anew in a child process: the threads have stayed behind, and one may have held the lock."""
+    global _threads  # noqa: PLW0603
+    _threads = _Threads()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 _names: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Names] = weakref.WeakKeyDictionary()
 
 
@@ -111,9 +123,9 @@ class _Names:
 
             try:
                 _threads.run(job)
-            except BaseException:
+            except RuntimeError as error:  # no thread can be started
                 del self._under_way[key]
-                raise
+                raise socket.gaierror(socket.EAI_AGAIN, str(error)) from error
         return future
 
     def _deliver(self, key: _Key, future: asyncio.Future[Answer], answer: Answer) -> None:
@@ -147,6 +159,25 @@ def _getaddrinfo(key: _Key) -> Answer:
             scope_id = int(sockaddr[3]) if len(sockaddr) == 4 else 0
             found[Resolved(ip_address(text), scope_id)] = None
     return tuple(found)
+
+
+def literal(text: str) -> Resolved | None:
+    """Return the address that *text* is, with its zone by name or index; None when it is a name.
+
+    Raises:
+        OSError: ENXIO, the zone is no interface of this host.
+    """
+    try:
+        ip = ip_address(text)
+    except ValueError:
+        return None
+    zone = ip.scope_id if ip.version == 6 else None
+    if zone is None:
+        return Resolved(ip, 0)
+    try:
+        return Resolved(ip, int(zone) if zone.isdecimal() else socket.if_nametoindex(zone))
+    except OSError as error:
+        raise OSError(errno.ENXIO, f"no interface of this host is named {zone!r}, as its zone says") from error
 
 
 async def resolve(host: str, *, family: int = 0, flags: int = 0, ttl: float | None = 10.0) -> tuple[Resolved, ...]:

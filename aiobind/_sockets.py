@@ -141,6 +141,7 @@ def open_bound(
     try:
         if sock.gettimeout() != 0:
             sock.setblocking(False)
+        platform.prepare(sock)
         # The caller's come first: should one of them name a device, ours is the one that holds.
         for level, name, value in options:
             try:

@@ -429,8 +429,13 @@ def _readable(texts: Iterable[str]) -> list[str]:
 
 def _reprefixed(parts: list[str]) -> Iterator[str]:
     """Yield *parts* with another prefix, or none, or in the spelling of a host."""
+    match parts:
+        case [name, end] if name not in {"if", "host", "ifhost", "net"} and _literal(end):
+            yield f"ifhost!{name}!{end}"  # first, for the other reading drops the interface
     yield "!".join(parts[1:])
     match parts:
+        case [text] if assigned := re.fullmatch(r"(if|host|ifhost|net)[:=](.+)", text):
+            yield f"{assigned[1]}!{assigned[2]}"
         case [address] if "%" in address:
             ip, _, zone = address.partition("%")
             yield f"ifhost!{zone}!{ip}"

@@ -19,7 +19,6 @@ import socket
 import weakref
 from collections import Counter, defaultdict
 from contextvars import ContextVar
-from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import aiohttp
@@ -31,7 +30,7 @@ from ._connector import refuse_unfinished
 from ._dial import Dialer, Origin, SourceStats, destination_of
 from ._errors import AiobindError, ResolveError, is_sources_fault, merged
 from ._race import interleave
-from ._resolve import resolve
+from ._resolve import literal, resolve
 from ._scope import scoped
 from ._sockets import BoundSource, finders
 
@@ -403,12 +402,12 @@ def _target(info: AddrInfoType, url: URL) -> Target:
     text, port = str(info[4][0]), int(info[4][1])
     if text == url.raw_host:
         text = url.host or text  # a zone is written "%25eth0" in a URL (RFC 6874)
-    host, _, zone = text.partition("%")
     try:
-        scope_id = int(zone) if zone.isdecimal() else socket.if_nametoindex(zone) if zone else 0
-        return Target.of(ip_address(host), port, scope_id)
-    except (OSError, ValueError) as error:
-        reason = f"no interface of this host is named {zone!r}" if zone else f"{host!r} is not an IP address"
+        address = literal(text)
+        reason = "the resolver gave a name instead of an address"
+    except OSError as error:
+        address, reason = None, error.strerror or ""
+    if address is None:
         destination = destination_of(text, port)
-        text = f"connect to {destination}: {reason}"
-        raise ResolveError(socket.EAI_NONAME, text, destination=destination) from error
+        raise ResolveError(socket.EAI_NONAME, f"connect to {destination}: {reason}", destination=destination)
+    return Target.of(address.ip, port, address.scope_id)

@@ -587,11 +587,13 @@ def main(arguments: list[str] | None = None) -> int:
             targets = f"http://target.test/ http://{lab.target_v4}/ http://[{lab.target_v6}]/"
             print(f"lab: {options.nics} NICs from n0 on; {targets}", file=sys.stderr)
             status = asyncio.run(_run(command or [os.environ.get("SHELL", "/bin/sh")], lab, board))
+    except KeyboardInterrupt:
+        return 130
     except (OSError, RuntimeError, ValueError) as exc:
         print(f"aiobind.lab: {exc}", file=sys.stderr)
         return 1
     print(f"{'nic':<8}{'source':<40}SYNs", file=sys.stderr)
-    for (nic, source), count in sorted(board.syns.items()):
+    for (nic, source), count in sorted(board.syns.items()) or [(("none", "no connection has left"), 0)]:
         print(f"{nic:<8}{source:<40}{count}", file=sys.stderr)
     return status
 

@@ -142,7 +142,10 @@ async def test_a_literal_takes_no_task_and_no_timer(monkeypatch: pytest.MonkeyPa
         (b"127.0.0.1", 80, TypeError, "the host must be a text, not bytes"),
         ("fe80::1%nix", 80, aiobind.ResolveError, "no interface of this host is named 'nix', as its zone says"),
         ("a" * 64 + ".test", 80, aiobind.ResolveError, "cannot be resolved"),
-        ("", 80, aiobind.ResolveError, "cannot be resolved"),
+        ("x" * 10**6, 80, aiobind.ResolveError, r"^.{0,400}$"),
+        ("a\nb", 80, aiobind.ResolveError, r"a\\nb"),
+        ("", 80, ValueError, "the host must be a name or an address without brackets, not ''"),
+        ("[::1]", 80, ValueError, "without brackets"),
     ],
 )
 async def test_a_senseless_destination(host: Any, number: Any, error: type[Exception], words: str) -> None:
@@ -423,6 +426,24 @@ async def test_a_bind_failure_is_not_hidden_by_a_refusal(port: int) -> None:
     assert [attempt.error.errno for attempt in caught.value.attempts] == [errno.ENODEV, errno.ECONNREFUSED]
     assert caught.value.errno == errno.ENODEV
     assert "from if!nix: no interface named 'nix'" in str(caught.value)
+
+
+async def test_a_prefix_that_is_not_routed_here() -> None:
+    with _namespace():
+        with pytest.raises(aiobind.AiobindError, match=r"ip route add local 198\.51\.100\.0/24 dev lo"):
+            await aiobind.connect("203.0.113.1", 80, source="net!198.51.100.0/24")
+
+
+async def test_the_callers_range_of_ports_holds(port: int) -> None:
+    """IP_LOCAL_PORT_RANGE, Linux 6.3: high half the last port, low half the first."""
+    option = (socket.SOL_IP, 51, (40009 << 16 | 40000).to_bytes(4, sys.byteorder))
+    async with aiobind.Connector("127.0.0.2", "if!lo", socket_options=[option]) as connector:
+        for _ in range(2):
+            try:
+                with await connector.connect(HOST, port) as sock:
+                    assert 40000 <= sock.getsockname()[1] <= 40009
+            except aiobind.ConnectError as error:
+                pytest.skip(f"no IP_LOCAL_PORT_RANGE here: {error}")
 
 
 async def test_no_descriptor_left() -> None:

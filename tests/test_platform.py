@@ -135,6 +135,7 @@ def test_the_range_of_ports_is_set(new_socket: Callable[..., socket.socket], ver
         ports = set()
         for _ in range(24):
             sock = new_socket(FAMILY[version])
+            LINUX.prepare(sock)
             if how == "pin":
                 LINUX.pin(sock, "lo")
             else:
@@ -217,11 +218,9 @@ def test_multipath_tcp(new_socket: Callable[..., socket.socket], version: int) -
 
 def test_a_protocol_without_the_range_of_ports(new_socket: Callable[..., socket.socket]) -> None:
     linux = Linux()
-    sock = new_socket(socket.AF_UNIX)  # answers EOPNOTSUPP, as MPTCP once did
-    linux.pin(sock, "lo")
-    assert pinned_to(sock) == b"lo"
+    linux.prepare(new_socket(socket.AF_UNIX))  # answers EOPNOTSUPP, as MPTCP once did
     sock = new_socket()
-    linux.pin(sock, "lo")  # the others still get it
+    linux.prepare(sock)  # the others still get it
     with contextlib.suppress(OSError):
         assert sock.getsockopt(socket.SOL_IP, IP_LOCAL_PORT_RANGE, 4) != bytes(4)
 
@@ -243,17 +242,20 @@ def test_an_old_kernel_is_asked_once_for_the_range_of_ports() -> None:
     for number in range(3):
         with OldKernel() as sock:
             sock.lacks = {IP_LOCAL_PORT_RANGE: errno.ENOPROTOOPT, IP_BIND_ADDRESS_NO_PORT: errno.ENOPROTOOPT}
+            linux.prepare(sock)
             linux.bind(sock, LOOPBACK[4], freebind=False)
             assert sock.getsockname()[1] != 0  # reserved at once, as everywhere else
-            assert sock.asked_for == [IP_BIND_ADDRESS_NO_PORT, *[IP_LOCAL_PORT_RANGE] * (number == 0)]
+            assert sock.asked_for == [*[IP_LOCAL_PORT_RANGE] * (number == 0), IP_BIND_ADDRESS_NO_PORT]
 
 
 @pytest.mark.parametrize("option", [IP_LOCAL_PORT_RANGE, IP_BIND_ADDRESS_NO_PORT])
 def test_another_refusal_is_no_old_kernel(option: int) -> None:
     with OldKernel() as sock:
         sock.lacks = {option: errno.EPERM}
+        linux = Linux()
         with raises(errno.EPERM):
-            Linux().bind(sock, LOOPBACK[4], freebind=False)
+            linux.prepare(sock)
+            linux.bind(sock, LOOPBACK[4], freebind=False)
 
 
 def test_new_sockets_neither_block_nor_are_inherited(new_socket: Callable[..., socket.socket]) -> None:

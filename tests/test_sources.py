@@ -175,7 +175,9 @@ REFUSED = [
     # the part before the first "!"
     ("foo!bar", "starts with none of if!, host!, ifhost! and net!", []),
     ("!eth0", "starts with none of if!, host!, ifhost! and net!", []),
-    ("ip!192.0.2.7", "starts with none of", ["192.0.2.7"]),
+    ("ip!192.0.2.7", "starts with none of", ["ifhost!ip!192.0.2.7", "192.0.2.7"]),
+    ("eth0!192.0.2.7", "starts with none of", ["ifhost!eth0!192.0.2.7", "192.0.2.7"]),
+    ("if:eth0", "neither an IP address", ["if!eth0"]),
     ("IF!eth0", "in lower case", ["if!eth0"]),
     ("Host!Example", "in lower case", ["host!Example"]),
     ("IfHost!eth0!192.0.2.7", "in lower case", ["ifhost!eth0!192.0.2.7"]),

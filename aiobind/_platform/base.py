@@ -116,6 +116,10 @@ class Platform(Protocol):
     #: flags of socket(2) that make the new socket non-blocking and not inherited, where there are such
     socket_flags: int
 
+    def prepare(self, sock: socket.socket) -> None:
+        """Set on a new *sock* what every connection is better for; the caller's own options come after it."""
+        ...
+
     def pin(self, sock: socket.socket, device: str) -> None:
         """Let every packet of *sock* leave by *device*, or raise OSError."""
         ...

@@ -25,6 +25,9 @@ class Fallback:
     def __init__(self, name: str) -> None:
         self._name = name
 
+    def prepare(self, sock: socket.socket) -> None:
+        """Do nothing."""
+
     def pin(self, sock: socket.socket, device: str) -> None:
         """Refuse."""
         self._refuse("pinning a connection to an interface")

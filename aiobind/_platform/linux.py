@@ -54,7 +54,6 @@ class Linux:
             OSError: ENODEV (no such interface), EPERM (an older kernel and no CAP_NET_RAW).
         """
         sock.setsockopt(socket.SOL_SOCKET, SO_BINDTODEVICE, os.fsencode(device) + b"\0")
-        self._spread_ports(sock)
 
     def bind(self, sock: socket.socket, ip: IPAddress, *, freebind: bool) -> None:
         """Bind *ip* and leave the port to connect(2), which chooses it per destination (IP_BIND_ADDRESS_NO_PORT).
@@ -74,14 +73,14 @@ class Linux:
         except OSError as error:
             if error.errno not in (errno.ENOPROTOOPT, errno.EOPNOTSUPP):
                 raise
-        self._spread_ports(sock)
         sock.bind(sockaddr(ip))
 
     def feed(self) -> Netlink:
         """Open a netlink socket for links and addresses; needs no privilege."""
         return Netlink()
 
-    def _spread_ports(self, sock: socket.socket) -> None:
+    def prepare(self, sock: socket.socket) -> None:
+        """Let connect(2) take any ephemeral port (IP_LOCAL_PORT_RANGE), at a cost that does not grow with their use."""
         if self._has_port_range:
             try:
                 sock.setsockopt(socket.SOL_IP, IP_LOCAL_PORT_RANGE, _ALL_PORTS)
