@@ -1,8 +1,8 @@
 """Outgoing asyncio connections from the interface or address that you name.
 
 You say *which source* a connection must leave from; you get a connected, non-blocking socket that does so, or a clear
-error. It is ``CURLOPT_INTERFACE`` done right for asyncio: nothing blocks the loop, and no connection leaves by another
-interface.
+error. It is ``CURLOPT_INTERFACE`` done right for asyncio: nothing blocks the loop, and what is pinned to an interface
+never leaves by another one.
 
 The whole in one page. Each row imports only rows below it::
 

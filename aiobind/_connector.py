@@ -120,12 +120,14 @@ class Connector:
 
         Raises:
             BindError: each source failed for a reason of its own (EPERM, ENODEV, EADDRNOTAVAIL, EADDRINUSE, EINVAL,
-                or ENETUNREACH when it cannot lead there); nothing was sent.
+                ENETUNREACH when it cannot lead there, EHOSTUNREACH when it has no carrier); nothing was sent.
             ConnectError: the destination was tried and could not be reached; errno is the first attempt's
                 (ECONNREFUSED, ENETUNREACH, EHOSTUNREACH, ETIMEDOUT, ...), and ``.attempts`` has them all.
             ResolveError: the destination, or a ``host!`` source, has no address.
             InvalidSource: *source* names no source.
-            RuntimeError: the connector is closed, or belongs to another event loop.
+            TypeError: the host is no text, or the port no number.
+            ValueError: the host is empty or in brackets, or the port not 1 to 65535.
+            RuntimeError: the connector is closed, or belongs to another event loop; or its policy named no source.
         """
         return await self._connect(host, port, source, family, delay=self._delay)
 
@@ -270,7 +272,10 @@ class Connector:
                     break
         if not failures:
             raise RuntimeError("the policy named no source")
-        raise merged(failures)
+        try:
+            raise merged(failures)
+        finally:
+            del failures  # which hold this very frame
 
 
 def _check(host: str, port: int) -> None:

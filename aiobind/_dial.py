@@ -270,14 +270,22 @@ class Dialer:
         try:
             with self._planner.guard(sock, binding, target) as guard:
                 await connect(loop, sock, target)
+            if guard is not None and guard.refusal is not None:  # the link went in the moment in which it connected
+                raise ConnectionResetError(errno.ECONNRESET, "aborted")
             address, port = sock.getsockname()[:2]
+            if (address, port) == (target.host, target.port):
+                # TCP connects a port to itself where nobody listens and connect(2) happens to choose that very port
+                # (simultaneous open, RFC 9293 section 3.5).
+                raise ConnectionRefusedError(errno.ECONNREFUSED, "connected to itself")
             await self._planner.verify(binding, address)
         except BaseException as error:
             sock.close()
             if guard is not None and guard.refusal is not None and isinstance(error, OSError):
-                raise BindError(guard.refusal.errno, f"{guard.refusal.reason} (since the attempt began)") from error
+                raise BindError(guard.refusal.errno, f"{guard.refusal.reason} (since the attempt began)") from _bare(
+                    error
+                )
             if isinstance(error, OSError) and not isinstance(error, AiobindError):
-                raise _plain(error) from error
+                raise _plain(error) from _bare(error)
             raise
         sock.target = target
         sock.bound = BoundSource(source, binding.device or _pinned_zone(binding), address, port)
@@ -306,6 +314,11 @@ def _with_context(error: AiobindError, source: Source, destination: str) -> Aiob
     return type(error)(error.errno or errno.EINVAL, text, source=source, destination=destination)
 
 
+def _bare(error: OSError) -> OSError:
+    """Return *error* without its traceback, whose frames hold the list of errors that it is going to be in."""
+    return error.with_traceback(None)
+
+
 def _plain(error: OSError) -> OSError:
     """Return what connect(2) answered, in plain words, as the source's failure or the target's."""
     number = error.errno or errno.EINVAL
@@ -326,7 +339,7 @@ def _failure(
         reason = tried[0][1].strerror or ""
     else:
         reason = "; ".join(f"{target}: {error.strerror}" for target, error in tried)
-    if isinstance(source, Prefix) and tried[0][1].errno in (errno.ENETUNREACH, errno.EADDRNOTAVAIL):
+    if isinstance(source, Prefix) and tried[0][1].errno in (errno.ENETUNREACH, errno.EADDRNOTAVAIL, errno.ETIMEDOUT):
         reason += f" (is {source.network} routed here? ip route add local {source.network} dev lo)"
     if not_tried:
         reason = f"{reason} (not tried: {not_tried})"

@@ -100,8 +100,9 @@ class BindError(AiobindError):
     """The source itself failed; nothing was sent to the destination.
 
     ``errno`` is one of: EPERM (the device pin was refused), ENODEV (no such interface), EADDRNOTAVAIL
-    (the address is not usable here, or no port is left), EADDRINUSE, EINVAL, EAFNOSUPPORT (the source has no
-    address of the destination's family), ENETUNREACH (the source has no way to the destination).
+    (the address is not usable here, the source has none of the destination's family, or no port is left), EADDRINUSE,
+    EINVAL, ENETUNREACH (the source has no way to the destination), EHOSTUNREACH (its interface has no carrier),
+    EOPNOTSUPP (this platform cannot do it yet).
     """
 
 

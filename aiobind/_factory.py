@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import threading
 from typing import TYPE_CHECKING, TypeAlias
 
 from ._binding import Refusal, Target, bind_any
@@ -56,12 +58,15 @@ def socket_factory(
             " event loop: use aiobind.Connector or aiobind.aiohttp.BoundTCPConnector"
         )
     options = tuple(socket_options)
+    lock = threading.Lock()  # of two readers of the news each would get one half, in threads as after a fork
     interfaces: Interfaces | None = None
+    process = os.getpid()
 
     def table() -> InterfaceTable:
-        nonlocal interfaces
+        nonlocal interfaces, process
         try:
-            interfaces = interfaces or Interfaces(platform.feed())
+            if interfaces is None or process != os.getpid():
+                interfaces, process = Interfaces(platform.feed()), os.getpid()
             return interfaces.caught_up()
         except OSError as error:
             reason = f"the interfaces of this host cannot be read: {error.strerror}"
@@ -73,11 +78,10 @@ def socket_factory(
                 return table().bind(name, target, (ip,))
             case Interface(name):
                 return table().bind(name, target)
-            case Prefix():
-                return bind_any((parsed.pick(),), target, freebind=True)
-            case Address(ip):
+            case Prefix() | Address():
+                ip = parsed.ip if isinstance(parsed, Address) else parsed.pick()
                 own = table().own if ip.is_loopback and target.reach != "loopback" else ()
-                return bind_any((ip,), target, own=own)
+                return bind_any((ip,), target, own=own, freebind=isinstance(parsed, Prefix))
 
     def factory(addr_info: AddrInfo) -> socket.socket:
         family, kind, proto, _, sockaddr = addr_info
@@ -86,7 +90,10 @@ def socket_factory(
             raise ValueError(f"a socket factory takes addresses, not names: {sockaddr[0]!r}")
         target = Target.of(address.ip, sockaddr[1], address.scope_id or (sockaddr[3:] or (0,))[0])
         try:
-            decision = decide(target)
+            if target.family != family:
+                raise BindError(errno.EADDRNOTAVAIL, "an IPv4-mapped address: give the IPv4 address")
+            with lock:
+                decision = decide(target)
             if isinstance(decision, Refusal):
                 raise BindError(*decision)
             return open_bound(decision, family, kind=kind, proto=proto, options=options)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, assert_never
 
 from ._binding import Refusal, bind_any, listed
 from ._errors import BindError, ResolveError
-from ._interfaces import InterfaceWatch
+from ._interfaces import Guard, InterfaceWatch
 from ._resolve import resolve
 from ._sources import Address, Host, Interface, Prefix
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from ._binding import Binding, IPAddress, Target
-    from ._interfaces import Guard, InterfaceTable
+    from ._interfaces import InterfaceTable
     from ._sources import Source
 
 __all__ = ["Planner"]
@@ -55,18 +55,19 @@ class Planner:
         """
         match source:
             case Interface(name, local):
-                return await self._on_interface(name, local and await self._addresses(local), targets)
+                return await self._on_interface(name, None if local is None else await self._addresses(local), targets)
             case Address() | Host():
                 return await self._on_address(await self._addresses(source), targets)
             case Prefix():
-                return [bind_any((source.pick(),), target, freebind=True) for target in targets]
+                each = [await self._on_address((source.pick(),), (target,), freebind=True) for target in targets]
+                return [decision for decisions in each for decision in decisions]
         assert_never(source)
 
     def guard(self, sock: socket.socket, binding: Binding, target: Target) -> AbstractContextManager[Guard | None]:
         """Return a context in which *sock* connects, and is aborted when its interface can no longer serve it."""
         if binding.owner is None or self._watch is None:
             return nullcontext()
-        return self._watch.guard(sock, binding.owner, target, binding.local)
+        return Guard(self._watch, sock, binding, target)
 
     async def verify(self, binding: Binding, address: str) -> None:
         """Hold the local address of a new connection against the promise.
@@ -101,11 +102,13 @@ class Planner:
                 break
         return decisions
 
-    async def _on_address(self, local: tuple[IPAddress, ...], targets: Sequence[Target]) -> list[Binding | Refusal]:
+    async def _on_address(
+        self, local: tuple[IPAddress, ...], targets: Sequence[Target], *, freebind: bool = False
+    ) -> list[Binding | Refusal]:
         own: Container[str] = ()
         if any(ip.is_loopback for ip in local) and any(target.reach != "loopback" for target in targets):
             own = (await self._table(InterfaceWatch.caught_up)).own
-        return [bind_any(local, target, own=own) for target in targets]
+        return [bind_any(local, target, own=own, freebind=freebind) for target in targets]
 
     async def _addresses(self, local: Address | Host) -> tuple[IPAddress, ...]:
         if isinstance(local, Address):

@@ -60,7 +60,7 @@ async def _one_after_another(
         try:
             return await attempt(), errors
         except OSError as error:
-            errors.append(error)
+            errors.append(error.with_traceback(None))  # which would hold this very frame
     return None, errors
 
 
@@ -69,7 +69,7 @@ async def _staggered(attempts: Sequence[Callable[[], Awaitable[_T]]], delay: flo
         try:
             return await attempt()
         except OSError as error:
-            return error
+            return error.with_traceback(None)  # which would hold this very frame
 
     waiting = deque(enumerate(attempts))
     running: dict[asyncio.Task[_T | OSError], int] = {}

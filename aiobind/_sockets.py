@@ -142,12 +142,14 @@ def open_bound(
         if sock.gettimeout() != 0:
             sock.setblocking(False)
         platform.prepare(sock)
-        # The caller's come first: should one of them name a device, ours is the one that holds.
+        # The caller's come first: should one of them name a device, ours holds, or is refused.
         for level, name, value in options:
             try:
                 sock.setsockopt(level, name, value)
             except OSError as error:
-                raise OSError(error.errno, f"socket option ({level}, {name}) refused: {error.strerror}") from error
+                raise OSError(
+                    error.errno, f"socket option ({level}, {name}) refused: {error.strerror}"
+                ) from error.with_traceback(None)
         if binding.device is not None:
             _pin(sock, binding.device)
         if binding.local:
@@ -162,7 +164,7 @@ def _pin(sock: socket.socket, device: str) -> None:
     try:
         platform.pin(sock, device)
     except OSError as error:
-        raise _refused(error, _PIN_ADVICE, device) from error
+        raise _refused(error, _PIN_ADVICE, device) from error.with_traceback(None)
 
 
 def _bind(sock: socket.socket, local: tuple[IPAddress, ...], *, freebind: bool) -> None:
@@ -173,12 +175,13 @@ def _bind(sock: socket.socket, local: tuple[IPAddress, ...], *, freebind: bool) 
             # A name may stand for addresses of several hosts: the next one may be ours.
             if error.errno == errno.EADDRNOTAVAIL and ip != local[-1]:
                 continue
-            raise _refused(error, _BIND_ADVICE, ip) from error
+            raise _refused(error, _BIND_ADVICE, ip) from error.with_traceback(None)
         return
 
 
 _PIN_ADVICE = {
-    errno.EPERM: "the pin to {} was refused: this system wants CAP_NET_RAW for it (Linux before 5.7, or a sandbox)",
+    errno.EPERM: "the pin to {} was refused: this system wants CAP_NET_RAW for it (Linux before 5.7,"
+    " a sandbox, or socket_options that named a device already)",
     errno.ENODEV: "no interface named {}",
 }
 _BIND_ADVICE = {

@@ -153,7 +153,8 @@ class BoundTCPConnector(aiohttp.TCPConnector):
         sources: one or more sources, as for ``aiobind.Connector``.
         policy: chooses the source of each request; default ``RoundRobin()``. An instance serves one connector.
         limit_per_source: how many connections of one source may be in use or being made at the same time; 0 (the
-            default) for no limit. ``limit`` and ``limit_per_host`` keep aiohttp's meaning, over all sources together.
+            default) for no limit. A source with room goes before one without; where none has, a request waits for the
+            one whose turn it was. ``limit`` and ``limit_per_host`` keep aiohttp's meaning, over all sources together.
         happy_eyeballs_delay: RFC 8305's Connection Attempt Delay in seconds; None tries one address after the other.
         interleave: RFC 8305's First Address Family Count; default 1.
         local_ports, dns, strict, borrow, direct, fast_connect: as for ``aiobind.Connector``.
@@ -272,18 +273,21 @@ class BoundTCPConnector(aiohttp.TCPConnector):
             try:
                 return await self._connect_from(origin, req, traces, timeout)
             except aiohttp.ClientConnectorError as this:
-                failure = getattr(this, "os_error", None)  # ClientConnectorCertificateError had none in aiohttp 3.12
-                if not isinstance(failure, AiobindError):
+                # ClientConnectorCertificateError had no os_error in aiohttp 3.12.
+                if not isinstance(getattr(this, "os_error", None), AiobindError):
                     raise
                 error = this
-                failures.append(failure)
-                if not is_sources_fault(failure):
+                failures.append(cast("AiobindError", this.os_error))
+                if not is_sources_fault(failures[-1]):
                     break
         if error is None:
             raise RuntimeError("the policy named no source")
-        if len(failures) == 1:
-            raise error
-        raise type(error)(error.args[0], merged(failures)) from error
+        try:
+            if len(failures) == 1:
+                raise error
+            raise type(error)(error.args[0], merged(failures)) from error
+        finally:
+            del error, failures  # which hold this very frame
 
     def _origins(self, host: str) -> Iterator[Origin]:
         """Yield the sources in the order to try; those whose slots are all taken come last, and are waited for."""
@@ -349,8 +353,6 @@ class BoundTCPConnector(aiohttp.TCPConnector):
         client_error: type[aiohttp.ClientConnectorError] = aiohttp.ClientConnectorError,
         **keywords: Any,
     ) -> tuple[asyncio.Transport, ResponseHandler]:
-        if self.closed:
-            raise aiohttp.ClientConnectionError("Connector is closed")
         dial = _dialling.get()
         if keywords.get("ssl") and getattr(self, "_ssl_shutdown_timeout", None):
             keywords["ssl_shutdown_timeout"] = self._ssl_shutdown_timeout
@@ -358,6 +360,8 @@ class BoundTCPConnector(aiohttp.TCPConnector):
         try:
             targets = interleave([_target(info, req.url) for info in addr_infos], self._first_family_count)
             while targets:
+                if self.closed:
+                    raise aiohttp.ClientConnectionError("Connector is closed")
                 dial.sock, begun = None, list[Target]()
                 try:
                     async with _deadline(timeout.sock_connect):
@@ -387,7 +391,10 @@ class BoundTCPConnector(aiohttp.TCPConnector):
             raise
         addr_infos.clear()  # aiohttp's own loop would drop one address of each family, and race the others again
         assert failure is not None
-        raise failure
+        try:
+            raise failure
+        finally:
+            del failure  # which holds this very frame
 
 
 #: The deadline of a connect holds for TCP and TLS together; the second one needs none of its own.

@@ -840,6 +840,32 @@ async def test_what_asyncio_refuses_leaves_no_socket(tls: Server, certificates: 
 
 
 V6, V4 = "::1", HERE
+
+
+@contextlib.asynccontextmanager
+async def no_tls(port: int, *, hangs: bool) -> AsyncIterator[list[str]]:
+    """Listen at 127.0.0.1 and ::1, and speak no TLS; yield where somebody came."""
+
+    async def meet(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        met.append(writer.get_extra_info("sockname")[0])
+        writers.append(writer)
+        if not hangs:
+            writer.write(b"this is no TLS\n")
+            writer.close()
+
+    met: list[str] = []
+    writers: list[asyncio.StreamWriter] = []
+    servers = [await asyncio.start_server(meet, host, port) for host in (V4, V6)]
+    try:
+        yield met
+    finally:
+        for each in (*servers, *writers):
+            each.close()
+        for writer in writers:
+            with contextlib.suppress(ConnectionError):
+                await writer.wait_closed()
+
+
 AFTER_TLS = {
     "the next": ([V4, ALSO_HERE], False),
     "the next after a refusal": (["127.0.0.88", V4, ALSO_HERE], False),
@@ -853,39 +879,23 @@ AFTER_TLS = {
 async def test_tls_that_fails_at_one_address_goes_on_to_the_next(
     addresses: list[str], hangs: bool, certificates: Certificates
 ) -> None:
-    """At 127.0.0.1 and ::1 somebody listens who does not speak TLS, and nobody at 127.0.0.88."""
-    met: list[str] = []
-
-    async def meet(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        met.append(writer.get_extra_info("sockname")[0])
-        if hangs:
-            ending.append(writer)
-        else:
-            writer.write(b"this is no TLS\n")
-            writer.close()
-
-    ending: list[asyncio.StreamWriter] = []
+    names = Names(good_test=addresses)
     timeout = aiohttp.ClientTimeout(total=20, sock_connect=0.25 if hangs else 5)
-    async with serving(ALSO_HERE, ssl_context=certificates.good[0]) as server:
-        others = [await asyncio.start_server(meet, host, server.port) for host in (V4, V6)]
-        names = Names(good_test=addresses)
-        async with session("if!lo", resolver=names, ssl=certificates.client, timeout=timeout) as client:
-            assert await get(client, server.url("/", "good.test", "https")) == HERE
-            assert met == [ip for ip in addresses if ip in (V4, V6)]
-            await until(lambda: figures(client)["if!lo"].connections == 1)
-            # When there is no other, the last failure of TLS is the error, though another family could not be served.
-            with connector_of(client).use_source(A):
-                names.hosts["good.test"] = [V4, V6]
-                connector_of(client).clear_dns_cache()
-                error = await failure(client, server.url("/", "good.test", "https"))
-                kind = aiohttp.ServerTimeoutError if hangs else aiohttp.ClientConnectorSSLError
-                assert isinstance(error, kind)
-        for other in others:
-            other.close()
-        for writer in ending:
-            writer.close()
-            with contextlib.suppress(ConnectionError):
-                await writer.wait_closed()
+    async with (
+        serving(ALSO_HERE, ssl_context=certificates.good[0]) as server,
+        no_tls(server.port, hangs=hangs) as met,
+        session("if!lo", resolver=names, ssl=certificates.client, timeout=timeout) as client,
+    ):
+        url = server.url("/", "good.test", "https")
+        assert await get(client, url) == HERE
+        assert met == [ip for ip in addresses if ip in (V4, V6)]
+        await until(lambda: figures(client)["if!lo"].connections == 1)
+        # When there is no other, the last failure of TLS is the error, though another family could not be served.
+        names.hosts["good.test"] = [V4, V6]
+        connector_of(client).clear_dns_cache()
+        with connector_of(client).use_source(A):
+            error = await failure(client, url)
+        assert isinstance(error, aiohttp.ServerTimeoutError if hangs else aiohttp.ClientConnectorSSLError)
 
 
 async def test_an_address_that_lost_the_race_has_another_chance_when_tls_fails_at_the_winner(
@@ -903,14 +913,17 @@ async def test_an_address_that_lost_the_race_has_another_chance_when_tls_fails_a
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\nConnection: close\r\n\r\nslow")
         writer.close()
 
-    listener, filler = socket.create_server(("127.0.0.11", 0), backlog=0), socket.socket()
-    port = listener.getsockname()[1]
-    filler.setblocking(False)
-    filler.connect_ex(("127.0.0.11", port))
-    slow = await asyncio.start_server(answer, sock=listener, ssl=certificates.good[0], start_serving=False)
-    async with slow, await asyncio.start_server(fail, HERE, port):
-        names = Names(good_test=["127.0.0.11", HERE])
-        async with session(A, resolver=names, ssl=certificates.client, happy_eyeballs_delay=0.02) as client:
+    names = Names(good_test=["127.0.0.11", HERE])
+    with socket.create_server(("127.0.0.11", 0), backlog=0) as listener, socket.socket() as filler:
+        port = listener.getsockname()[1]
+        filler.setblocking(False)
+        filler.connect_ex(("127.0.0.11", port))
+        slow = await asyncio.start_server(answer, sock=listener, ssl=certificates.good[0], start_serving=False)
+        async with (
+            slow,
+            await asyncio.start_server(fail, HERE, port),
+            session(A, resolver=names, ssl=certificates.client, happy_eyeballs_delay=0.02) as client,
+        ):
             assert await get(client, f"https://good.test:{port}/") == "slow"
 
 

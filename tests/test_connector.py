@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import gc
 import os
@@ -12,6 +13,7 @@ import sys
 import textwrap
 import time
 import warnings
+import weakref
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -429,9 +431,8 @@ async def test_a_bind_failure_is_not_hidden_by_a_refusal(port: int) -> None:
 
 
 async def test_a_prefix_that_is_not_routed_here() -> None:
-    with _namespace():
-        with pytest.raises(aiobind.AiobindError, match=r"ip route add local 198\.51\.100\.0/24 dev lo"):
-            await aiobind.connect("203.0.113.1", 80, source="net!198.51.100.0/24")
+    with _namespace(), pytest.raises(aiobind.AiobindError, match=r"ip route add local 198\.51\.100\.0/24 dev lo"):
+        await aiobind.connect("203.0.113.1", 80, source="net!198.51.100.0/24")
 
 
 async def test_the_callers_range_of_ports_holds(port: int) -> None:
@@ -444,6 +445,34 @@ async def test_the_callers_range_of_ports_holds(port: int) -> None:
                     assert 40000 <= sock.getsockname()[1] <= 40009
             except aiobind.ConnectError as error:
                 pytest.skip(f"no IP_LOCAL_PORT_RANGE here: {error}")
+
+
+async def test_a_port_connected_to_itself_is_no_connection() -> None:
+    """Where nobody listens, connect(2) may choose the very port that it is to reach (simultaneous open)."""
+    with _namespace() as namespace:
+        namespace.sysctl("ipv4.ip_local_port_range", "40000 40003")
+        async with aiobind.Connector("127.0.0.1", "if!lo") as connector:
+            for _ in range(60):
+                with pytest.raises(ConnectionRefusedError):
+                    await connector.connect(HOST, 40002)
+            assert open_connections(connector) == [0, 0]
+
+
+async def test_a_failure_leaves_no_cycle() -> None:
+    """Else the dialer, and the netlink descriptor with it, would stay until the collector comes by."""
+    gc.collect()
+    gc.disable()
+    try:
+        connector = aiobind.Connector("if!lo", "127.0.0.2", happy_eyeballs_delay=None)
+        dialer = weakref.ref(connector._dialer)
+        for source in (None, "if!nix"):
+            with contextlib.suppress(aiobind.AiobindError):
+                await connector.connect(HOST, free_port(), source=source)
+        del connector
+        await asyncio.sleep(0)
+        assert dialer() is None
+    finally:
+        gc.enable()
 
 
 async def test_no_descriptor_left() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import socket
 import time
 from collections import Counter
@@ -186,6 +187,8 @@ REFUSED = [
     ("", "::1", V6, errno.ENETUNREACH, "from the loopback address ::1 only this host itself can be reached"),
     ("", "127.0.0.1", V4, errno.ENETUNREACH, "from the loopback address 127.0.0.1 only this host itself"),
     ("", "if!n1", "fe80::1%n2", errno.ENETUNREACH, "lies in the zone of another interface than n1"),
+    ("", "if!n1", "198.18.2.2", errno.ENETUNREACH, "198.18.2.2 is this host's own address, but not one of n1"),
+    ("", "ifhost!n1!2001:db8:1::2", "2001:db8:2::2", errno.ENETUNREACH, "this host's own address"),
     ("link set n1 down", "if!n1", V4, errno.ENETUNREACH, "n1 is down"),
     ("link set n1 down", "if!n1", V6, errno.ENETUNREACH, "n1 is down"),
     ("far link set f1 down", "if!n1", V4, errno.EHOSTUNREACH, "n1 has no carrier"),
@@ -304,3 +307,45 @@ async def test_an_attempt_ends_with_its_link(lab: Lab, change: str, number: int)
         with pytest.raises(aiobind.BindError, match="since the attempt began") as caught:
             await asyncio.wait_for(attempt, 10)
     assert caught.value.errno == number
+
+
+async def test_a_link_that_goes_in_the_moment_of_the_connect(lab: Lab) -> None:
+    """The news and the answer of the target come in the same turn of the loop."""
+    async with far_server(lab), aiobind.Connector("if!n1", "if!n2") as connector:
+        (await connector.connect(V4, 80, source="if!n2")).close()
+        attempt = asyncio.create_task(connector.connect(V4, 80))
+        for _ in range(3):
+            await asyncio.sleep(0)
+        lab.near.ip("link set n1 down")  # takes longer than the handshake
+        with await asyncio.wait_for(attempt, 10) as sock:
+            name = aiobind.bound_source(sock).interface
+            if name == "n2":
+                assert await asyncio.get_running_loop().sock_recv(sock, 100) == b"198.18.2.2"
+            else:  # it was established before: then it is whole
+                sock.send(b"x")
+
+
+async def test_an_attempt_ends_with_its_link_also_when_the_connector_is_closed(lab: Lab) -> None:
+    lab.near.ip("neigh add 198.18.1.99 lladdr 02:00:00:00:00:99 dev n1")
+    connector = aiobind.Connector("if!n1")
+    attempt = asyncio.create_task(connector.connect("198.18.1.99", 80))
+    await asyncio.sleep(0.05)
+    await connector.aclose()
+    gc.collect()
+    lab.near.ip("link set n1 down")
+    with pytest.raises(aiobind.BindError, match="n1 is down"):
+        await asyncio.wait_for(attempt, 10)
+
+
+async def test_an_attempt_survives_a_change_of_name(lab: Lab) -> None:
+    """The socket follows its interface."""
+    lab.near.ip("neigh add 198.18.1.99 lladdr 02:00:00:00:00:99 dev n1")
+    async with aiobind.Connector("if!n1") as connector:
+        attempt = asyncio.create_task(connector.connect("198.18.1.99", 80))
+        await asyncio.sleep(0.05)
+        lab.near.ip("link set n1 name wan")
+        await asyncio.sleep(0.05)
+        assert not attempt.done()
+        lab.near.ip("link set wan down")
+        with pytest.raises(aiobind.BindError, match="wan is down"):
+            await asyncio.wait_for(attempt, 10)

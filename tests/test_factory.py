@@ -7,6 +7,7 @@ import errno
 import gc
 import os
 import socket
+import threading
 import time
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -365,3 +366,29 @@ async def test_a_target_that_the_source_cannot_serve_is_passed_over(lab: Lab, wi
         with sock:
             assert sock.getsockname()[0] == "198.18.1.2"
     assert {(packet.nic, packet.source) for packet in witness.packets()} == {("n1", "198.18.1.2")}
+
+
+def test_threads_share_a_factory() -> None:
+    """Of two readers of the one queue of news each would get one half, and wait for ever for the other."""
+    factory = socket_factory("if!lo")
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for _ in range(200):
+                factory((socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", 80))).close()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert not any(thread.is_alive() for thread in threads)
+    assert errors == []
+
+
+def test_an_ipv4_mapped_target_is_refused() -> None:
+    with pytest.raises(BindError, match="give the IPv4 address"):
+        socket_factory("127.0.0.2")((socket.AF_INET6, socket.SOCK_STREAM, 0, "", ("::ffff:127.0.0.1", 80, 0, 0)))

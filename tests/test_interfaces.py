@@ -24,7 +24,7 @@ import pytest
 import uvloop
 
 from aiobind._binding import Binding, LinkAddress, Refusal, Target
-from aiobind._interfaces import Interfaces, InterfaceTable, InterfaceWatch
+from aiobind._interfaces import Guard, Interfaces, InterfaceTable, InterfaceWatch
 from aiobind._platform import platform
 from aiobind._platform.base import AddressGone, AddressSeen, LinkGone, LinkSeen, ListEnd
 
@@ -557,7 +557,7 @@ async def test_an_attempt_is_aborted_when_its_interface_can_no_longer_serve_it(
     watch, feed = watch_of([*ETH0, *ETH1, WHOLE])
     table = await watch.table()
     ours, theirs = socket.socketpair()
-    with ours, theirs, watch.guard(ours, table.link("eth0"), WIDE, local) as guard:
+    with ours, theirs, Guard(watch, ours, Binding("eth0", local, owner=table.link("eth0")), WIDE) as guard:
         theirs.setblocking(False)
         feed.say(news)
         await until(lambda: guard.refusal is not None)
@@ -573,7 +573,12 @@ async def test_an_attempt_from_one_address_needs_that_one(watch_of: Callable[...
     watch, feed = watch_of([*ETH0, has(2, "192.0.2.22"), WHOLE])
     link = (await watch.table()).link("eth0")
     ours, theirs = socket.socketpair()
-    with ours, theirs, watch.guard(ours, link, WIDE, TWO) as from_one, watch.guard(ours, link, WIDE, ()) as from_any:
+    with (
+        ours,
+        theirs,
+        Guard(watch, ours, Binding("eth0", TWO, owner=link), WIDE) as from_one,
+        Guard(watch, ours, Binding("eth0", owner=link), WIDE) as from_any,
+    ):
         feed.say(lost(2, "192.0.2.2"))
         await until(lambda: from_one.refusal is not None)
         assert from_one.refusal.errno == errno.EADDRNOTAVAIL
@@ -587,7 +592,7 @@ async def test_an_attempt_goes_on_while_its_interface_serves_it(watch_of: Callab
     ours, theirs = socket.socketpair()
     with ours, theirs:
         theirs.setblocking(False)
-        with watch.guard(ours, table.link("eth0"), WIDE, TWO) as guard:
+        with Guard(watch, ours, Binding("eth0", TWO, owner=table.link("eth0")), WIDE) as guard:
             feed.say(seen(3, "eth1", up=False), LinkGone(3), has(2, "192.0.2.22"), lost(2, "192.0.2.22"), OVERFLOW)
             await until(lambda: feed.asked == 2 and not feed._queue)
             assert guard.refusal is None
@@ -602,11 +607,11 @@ async def test_an_attempt_goes_on_while_its_interface_serves_it(watch_of: Callab
 async def test_an_attempt_that_has_ended_by_itself_is_aborted_without_a_word(watch_of: Callable[..., Any]) -> None:
     watch, feed = watch_of([*ETH0, WHOLE])
     table = await watch.table()
-    with socket.socket() as sock, watch.guard(sock, table.link("eth0"), WIDE, ()) as guard:
+    with socket.socket() as sock, Guard(watch, sock, Binding("eth0", owner=table.link("eth0")), WIDE) as guard:
         sock.close()
         feed.say(LinkGone(2))
         await until(lambda: guard.refusal is not None)
-    assert not watch._guards
+    assert not watch.guards
 
 
 # --- its life -----------------------------------------------------------------------------------------------
