@@ -408,7 +408,7 @@ def _deadline(seconds: float | None) -> asyncio.Timeout:
 def _target(info: AddrInfoType, url: URL) -> Target:
     text, port = str(info[4][0]), int(info[4][1])
     if text == url.raw_host:
-        text = url.host or text  # a zone is written "%25eth0" in a URL (RFC 6874)
+        text = text.replace("%25", "%", 1)  # a zone is written "%25eth0" in a URL (RFC 6874), and only there
     try:
         address = literal(text)
         reason = "the resolver gave a name instead of an address"

@@ -219,6 +219,12 @@ REFUSALS = {
     "loopback held by a NIC": (a_link("127.0.0.1"), "127.0.0.1", errno.ENETUNREACH, "cannot be reached through eth0"),
     "elsewhere through lo": (lo(), "198.51.100.1", errno.ENETUNREACH, "only this host itself"),
     "link-local through lo": (lo(), "fe80::1", errno.ENETUNREACH, "only this host itself"),
+    "own address of another interface": (
+        a_link("192.0.2.8"),
+        "192.0.2.7",
+        errno.ENETUNREACH,
+        "192.0.2.7 is this host's own address, but not one of eth0",
+    ),
     "down": (a_link("192.0.2.7", up=False), "192.0.2.1", errno.ENETUNREACH, "eth0 is down"),
     "no carrier": (a_link("192.0.2.7", carrier=False), "192.0.2.1", errno.EHOSTUNREACH, "eth0 has no carrier"),
 }

@@ -170,6 +170,11 @@ def test_what_depends_on_more_than_the_kind_of_target_is_not_kept() -> None:
     assert isinstance(table.bind("lo", WIDE), Refusal)
     assert isinstance(table.bind("lo", to("192.0.2.2")), Binding)
     assert isinstance(table.bind("lo", WIDE), Refusal)
+    # through a NIC, on whether it is an address of this host
+    for record in ETH1:
+        table.apply(record)
+    for target, kind in [(WIDE, Binding), (to("192.0.2.3"), Refusal), (WIDE, Binding), (to("192.0.2.2"), Binding)]:
+        assert isinstance(table.bind("eth0", target), kind)
     # the zone
     link_local = to("fe80::1")
     assert isinstance(table.bind("eth0", link_local._replace(scope_id=2)), Binding)
@@ -180,6 +185,11 @@ def test_what_depends_on_more_than_the_kind_of_target_is_not_kept() -> None:
     named = table.bind("eth0", WIDE, (ip_address("192.0.2.2"),))
     assert named == Binding("eth0", (ip_address("192.0.2.2"),), owner=table.link("eth0"))
     assert table.bind("eth0", WIDE) == Binding("eth0", owner=table.link("eth0"))
+
+
+def test_the_present_name_of_a_link() -> None:
+    table = table_of(*ETH0, seen(2, "wan0", "eth0"))
+    assert (table.name_of(2), table.name_of(99)) == ("wan0", None)
 
 
 def test_a_kept_refusal_names_no_other_target() -> None:
@@ -510,6 +520,18 @@ async def test_while_everything_is_told_anew_the_old_table_allows_and_a_fresh_lo
 
 
 @pytest.mark.anyio
+async def test_everything_can_be_told_anew(watch_of: Callable[..., Any]) -> None:
+    watch, feed = watch_of([*ETH0, WHOLE], ETH0)
+    old = await watch.table()
+    fresh = asyncio.ensure_future(watch.told_anew())
+    await until(lambda: feed.asked == 2)
+    assert not fresh.done()
+    feed.say(*ETH1, WHOLE)
+    assert addresses(await fresh, "eth1") == ["192.0.2.3"]
+    assert await watch.table() is await fresh is not old
+
+
+@pytest.mark.anyio
 async def test_a_refusal_between_two_callers_is_quiet(watch_of: Callable[..., Any]) -> None:
     errors: list[Any] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
@@ -601,6 +623,20 @@ async def test_an_attempt_goes_on_while_its_interface_serves_it(watch_of: Callab
         assert guard.refusal is None
         with pytest.raises(BlockingIOError):
             theirs.recv(1)
+
+
+@pytest.mark.anyio
+async def test_an_attempt_follows_its_interface_through_a_change_of_name(watch_of: Callable[..., Any]) -> None:
+    watch, feed = watch_of([*ETH0, WHOLE])
+    link = (await watch.table()).link("eth0")
+    ours, theirs = socket.socketpair()
+    with ours, theirs, Guard(watch, ours, Binding("eth0", owner=link), WIDE) as guard:
+        feed.say(seen(2, "wan0"), seen(9, "eth0", up=False))  # another one takes the name
+        await until(lambda: not feed._queue)
+        assert guard.refusal is None
+        feed.say(seen(2, "wan0", up=False))
+        await until(lambda: guard.refusal is not None)
+        assert guard.refusal.reason == "wan0 is down"
 
 
 @pytest.mark.anyio

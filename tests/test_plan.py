@@ -19,6 +19,7 @@ from aiobind._errors import BindError, ResolveError
 from aiobind._interfaces import InterfaceWatch
 from aiobind._plan import Planner
 from aiobind._platform import platform
+from aiobind._platform.base import LinkSeen
 from aiobind._resolve import Resolved
 from aiobind._sockets import open_bound
 from aiobind._sources import parse_source
@@ -135,6 +136,13 @@ async def test_a_prefix_gives_each_target_an_address_of_its_own(
     assert decision.errno == errno.EADDRNOTAVAIL
 
 
+async def test_a_prefix_of_loopback_reaches_this_host(lab: Lab, planner: Planner) -> None:
+    decisions = await planner.plan(parse_source("net!127.1.0.0/16"), [LOOPBACK, to("198.18.1.2"), WIDE])
+    assert [isinstance(decision, Binding) and decision.freebind for decision in decisions] == [True, True, False]
+    assert isinstance(decisions[2], Refusal)
+    assert decisions[2].errno == errno.ENETUNREACH
+
+
 @pytest.mark.parametrize("source", ["host!no.test", "ifhost!n1!no.test"])
 async def test_a_name_without_an_address(
     lab: Lab, resolv_conf: Callable[..., None], planner: Planner, source: str
@@ -160,6 +168,8 @@ async def test_a_name_with_a_zone(lab: Lab, planner: Planner, monkeypatch: pytes
         (None, ["198.18.1.2"], None),
     ]
     assert await plan(planner, "ifhost!n1!near.local", to("fe80::1")) == [("n1", [f"{link_local}%n1"], "n1")]
+    lab.near.ip("link del n1")  # without its zone the address cannot be bound
+    assert await plan(planner, "host!near.local", to("fe80::1")) == [(None, [link_local], None)]
 
 
 @pytest.mark.parametrize("source", ["if!lo", "ifhost!lo!127.0.0.1", "127.0.0.1"])
@@ -208,6 +218,19 @@ async def test_a_cached_look_allows(lab: Lab, planner: Planner) -> None:
     assert await plan(planner, "if!n1", WIDE) == [("n1", [], "n1")]
     # and with one refusal everything is looked at again
     assert await plan(planner, "if!n1", WIDE, LOOPBACK) == [UNAVAILABLE, UNREACHABLE]
+
+
+async def test_only_a_new_list_says_that_there_is_no_carrier(lab: Lab, planner: Planner) -> None:
+    """The kernel tells of a carrier late, but it lists what is."""
+    assert await plan(planner, "if!n1", WIDE) == [("n1", [], "n1")]
+    table = planner._watch._interfaces.table
+    index = table.link("n1").index
+    table.apply(LinkSeen(index, "n1", loopback=False, kind="veth", master=0, altnames=(), carrier=False))
+    assert isinstance(table.bind("n1", WIDE), Refusal)
+    assert await plan(planner, "if!n1", WIDE) == [("n1", [], "n1")]
+    lab.far.ip("link set f1 down")
+    planner._watch._interfaces.doubt()  # a cached look still allows
+    assert await plan(planner, "if!n1", WIDE, LOOPBACK) == [("EHOSTUNREACH",), ("EHOSTUNREACH",)]
 
 
 # --- the promise --------------------------------------------------------------------------------------------
