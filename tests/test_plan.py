@@ -156,11 +156,11 @@ async def test_a_name_without_an_address(
 
 async def test_a_name_with_a_zone(lab: Lab, planner: Planner, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a multicast DNS resolver answers."""
-    link_local = lab.nic("n1").link_local
+    link_local, index = lab.nic("n1").link_local, socket.if_nametoindex("n1")
 
     async def resolve(name: str, *, ttl: float | None) -> tuple[Resolved, ...]:
         assert (name, ttl) == ("near.local", 0)
-        return Resolved(ip_address(link_local), socket.if_nametoindex("n1")), Resolved(ip_address("198.18.1.2"), 0)
+        return Resolved(ip_address(link_local), index), Resolved(ip_address("198.18.1.2"), 0)
 
     monkeypatch.setattr(_plan, "resolve", resolve)
     assert await plan(planner, "host!near.local", to("fe80::1"), WIDE) == [
