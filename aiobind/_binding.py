@@ -198,7 +198,7 @@ def _no_way(link: Link, target: Target, own: Container[str]) -> Refusal | None:
     elif target.reach == "loopback":
         # Measured: the kernel would ask for 127.0.0.1 by ARP on the wire of that interface.
         return Refusal(errno.ENETUNREACH, f"a loopback address cannot be reached through {link.name}")
-    elif target.host in own and target.host not in link.addresses:
+    elif target.reach == "global" and target.host in own and target.host not in link.addresses:
         # Measured: SYNs leave by that interface, and nobody out there can answer for an address of this host.
         return Refusal(errno.ENETUNREACH, f"{target.host} is this host's own address, but not one of {link.name}")
     return None

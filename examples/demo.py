@@ -130,14 +130,16 @@ async def fetch_pages(url: str, console: Console) -> dict[str, Tally]:
 def show_loopback(console: Console) -> bool:
     """Part one; return whether it is as promised."""
     pages = SHARE * len(LOOPBACK)
-    console.print(f"[bold]1. Loopback:[/] {pages} pages through one session that has {len(LOOPBACK)} sources.\n")
     # The server is a process of its own: on the client's loop, or in a thread beside it, each would wait for the other
     # one, and the latencies would be partly the demo's own making. In a group of its own it does not see Ctrl-C.
     pipe, command = subprocess.PIPE, [sys.executable, __file__, "--part=serve"]
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, process_group=0) as server:
         try:
             assert server.stdout is not None
-            tallies = asyncio.run(fetch_pages(f"http://127.0.0.1:{int(server.stdout.readline())}/", console))
+            url = f"http://127.0.0.1:{int(server.stdout.readline())}/"
+            sources = len(LOOPBACK)
+            console.print(f"[bold]1. Loopback:[/] {pages} pages through one session that has {sources} sources.\n")
+            tallies = asyncio.run(fetch_pages(url, console))
         finally:
             server.kill()
 

@@ -89,7 +89,7 @@ def test_the_zone_of_a_target_is_in_its_socket_address() -> None:
 # --- a source that names its addresses ----------------------------------------------------------------------
 
 BOTH = ips("192.0.2.7", "2001:db8::7", "192.0.2.8")
-OWN = {"127.0.0.1", "192.0.2.7", "::1", "2001:db8::7"}
+OWN = {"127.0.0.1", "192.0.2.7", "::1", "2001:db8::7", "fe80::9"}
 
 
 @pytest.mark.parametrize(
@@ -149,6 +149,8 @@ PICKS = {
     "one ready among tentative": (a_link("2001:db8::7 tentative", "2001:db8::8"), "2001:db8:9::1", KERNEL_PICKS),
     "link-local to link-local": (a_link("fe80::7"), "fe80::1", KERNEL_PICKS),
     "link-local, its own zone": (a_link("fe80::7"), ("fe80::1", 7), KERNEL_PICKS),
+    # every link has its own fe80::1, often the router
+    "link-local, an own address elsewhere": (a_link("fe80::7"), ("fe80::9", 7), KERNEL_PICKS),
     "IPv4 link-local target": (a_link("192.0.2.7"), "169.254.1.1", KERNEL_PICKS),
     "IPv4 link-local source": (a_link("169.254.7.7"), "169.254.1.1", KERNEL_PICKS),
     "own address of the interface": (a_link("192.0.2.7"), "192.0.2.7", KERNEL_PICKS),

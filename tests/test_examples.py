@@ -585,7 +585,9 @@ def test_demo_on_a_terminal_ends_at_once_by_ctrl_c(moment: str) -> None:
         assert process.wait(10) == 130
         assert time.monotonic() - start < 3
         seen = until("interrupted")
-    assert "Traceback" not in seen
+    assert (
+        "KeyboardInterrupt" not in seen
+    )  # subprocess itself may warn of a pipe, when it is cut short in its very start
     assert "Error" not in seen
     assert seen.count("\x1b[?25l") == seen.count("\x1b[?25h")  # the cursor is back
     assert seen.rstrip().endswith("interrupted")
