@@ -576,7 +576,7 @@ def terminal(*arguments: str, **streams: Any) -> Iterator[tuple[subprocess.Popen
         os.close(keyboard)
 
 
-@pytest.mark.parametrize("moment", [r"Loopback:", r" [1-9]\d*/120", r"making a lab"])
+@pytest.mark.parametrize("moment", [r" [1-9]\d*/120", r"making a lab"])
 def test_demo_on_a_terminal_ends_at_once_by_ctrl_c(moment: str) -> None:
     with terminal(DEMO) as (process, until, keyboard):
         until(moment)
@@ -590,7 +590,6 @@ def test_demo_on_a_terminal_ends_at_once_by_ctrl_c(moment: str) -> None:
     )  # subprocess itself may warn of a pipe, when it is cut short in its very start
     assert "Error" not in seen
     assert seen.count("\x1b[?25l") == seen.count("\x1b[?25h")  # the cursor is back
-    assert seen.rstrip().endswith("interrupted")
 
 
 def test_crawler_shows_its_table_on_the_terminal_while_the_results_go_elsewhere(site: Site, tmp_path: Path) -> None:
