@@ -8,16 +8,17 @@ The whole in one page. Each row imports only rows below it::
 
     aiohttp   lab                        edges: a client library each; the lab is a place to try them in
     _connector   _factory                the doors: asyncio, and the synchronous form
-    _dial                                the story of one connect
+    _dial   dns                          the story of one connect; names, asked through the source
     _plan   _race   _sockets   _policy   from a source to bindings; RFC 8305; one attempt; the order of sources
-    _scope   _interfaces   _resolve      what the context pins; the host's interfaces; names, off the loop
+    _scope   _interfaces                 what the context pins; the host's interfaces
+    _resolve   _ports                    names, off the loop; local ports
     _platform   _sources                 the operating system, one file each; the grammar of sources
     _binding   _errors                   values: decisions, failures
 
 One connect: the destination becomes targets (``_dial.targets``); the policy orders the sources (``_dial.route``); for
 the first of them each target gets a binding or a refusal (``_plan``, by the rules of ``_binding``); what is left is
-raced (``_race``), each attempt being: open, pin, bind, connect (``_sockets``); the winner's local address is held
-against the promise, and the connection is counted until it ends. When the source fails for a reason of its own,
+raced (``_race``), each attempt being: open, pin, bind, connect (``_sockets``); it is held against the promise right
+before the connect and right after it, and the connection is counted until it ends. When the source fails for a reason of its own,
 nothing has been sent yet, and the next one is tried.
 
 Sources::

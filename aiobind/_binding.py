@@ -10,18 +10,22 @@ from __future__ import annotations
 import errno
 import socket
 from dataclasses import dataclass, field
-from ipaddress import IPv4Address, IPv6Address
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable
+    from ipaddress import IPv4Network, IPv6Network
 
-__all__ = ["Binding", "IPAddress", "Link", "LinkAddress", "Refusal", "Target", "bind_any", "bind_on_link"]
+__all__ = ["Binding", "Exempt", "IPAddress", "Link", "LinkAddress", "Refusal", "Target", "bind_any", "bind_on_link"]
 
 IPAddress: TypeAlias = IPv4Address | IPv6Address
 
 #: A message lists this many things before it says "and N more".
 _LISTED = 8
+
+#: Kinds of interface that take every packet which arrives at one of their ports: a socket on the port hears nothing.
+_TAKES_OVER = {"bridge", "bond", "team"}
 
 
 class Target(NamedTuple):
@@ -64,10 +68,10 @@ class Binding(NamedTuple):
 
     Attributes:
         device: the interface that every packet must leave by; None leaves that to the routing table.
-        local: source addresses to try in this order, all of the socket's family; empty lets the kernel pick.
+        local: the source addresses that keep the promise, the best one first, all of the socket's family; empty: any
+            that the kernel picks.
         freebind: *local* may be an address that no interface holds (ip(7), IP_FREEBIND).
-        owner: the link that the connection stands and falls with, and that must hold the address which the kernel
-            picked; None when there is nothing to check.
+        owner: the link that the connection stands and falls with; None when there is none.
     """
 
     device: str | None = None
@@ -155,7 +159,13 @@ def bind_any(
 
 
 def bind_on_link(
-    link: Link, target: Target, own: Container[str] = (), local: tuple[IPAddress, ...] | None = None
+    link: Link,
+    target: Target,
+    own: Container[str] = (),
+    local: tuple[IPAddress, ...] | None = None,
+    *,
+    master: Link | None = None,
+    borrow: bool = False,
 ) -> Binding | Refusal:
     """Decide for a source that is an interface: pin *link*, and see that its own address is used.
 
@@ -164,6 +174,8 @@ def bind_on_link(
         target: where to.
         own: every address of this host, as text.
         local: the addresses that the source names besides the interface; None when it names none.
+        master: the interface of which *link* is a port.
+        borrow: where *link* holds no address that serves, one of another interface will do.
     """
     if link.kind == "vrf":
         # A VRF device holds no address of its own, its ports do (Documentation/networking/vrf.rst).
@@ -171,11 +183,17 @@ def bind_on_link(
     blocked = _no_way(link, target, own)
     if blocked:
         return blocked
+    if master is not None and master.kind in _TAKES_OVER:
+        reason = f"{link.name} is a port of {master.name}, which takes what arrives there: use if!{master.name}"
+        return Refusal(errno.EADDRNOTAVAIL, reason)
     if local is None:
-        return _own_address(link, target)
+        decision = _own_address(link, target)
+        return Binding(link.name, owner=link) if borrow and isinstance(decision, Refusal) else decision
     # The whole of 127.0.0.0/8 is local to the loopback interface, which lists 127.0.0.1 alone.
     held = tuple(
-        ip for ip in local if str(ip).partition("%")[0] in link.addresses or (link.loopback and ip.is_loopback)
+        ip
+        for ip in local
+        if borrow or str(ip).partition("%")[0] in link.addresses or (link.loopback and ip.is_loopback)
     )
     if not held:
         has = f"it has {listed(link.addresses) or 'none'}"
@@ -205,12 +223,11 @@ def _no_way(link: Link, target: Target, own: Container[str]) -> Refusal | None:
 
 
 def _own_address(link: Link, target: Target) -> Binding | Refusal:
-    """Let the kernel pick the source address only where it must pick one of *link*'s own.
+    """Allow the addresses of *link* that can serve *target*, in the order of RFC 6724 (rules 2 and 3).
 
-    RFC 6724 section 5 prefers scope (rule 2) and not being deprecated (rule 3) over the outgoing interface
-    (rule 5), so the kernel takes another interface's address when this one's are of a lesser kind. The same
-    holds for IPv4 addresses of any scope but global as soon as there is a gateway on the way, even to 169.254.0.0/16.
-    All measured on Linux 6.18 with a device-bound socket.
+    Left alone the kernel takes the address of another interface where this one has lesser ones, for the rules of scope
+    and of not being deprecated come before that of the outgoing interface (rule 5); and whatever address a route names
+    (``ip route ... src``). All measured on Linux 6.18 with a device-bound socket.
     """
     version = _version(target)
     same = [address for address in link.addresses.values() if address.ip.version == version]
@@ -218,16 +235,53 @@ def _own_address(link: Link, target: Target) -> Binding | Refusal:
     if not ready:
         state = f"only tentative IPv{version} addresses" if same else f"no IPv{version} address"
         return Refusal(errno.EADDRNOTAVAIL, f"{link.name} has {state}")
-    if target.reach == "loopback":
-        return Binding(link.name, owner=link)
-    if version == 6 and target.reach == "link":
-        if not any(address.ip.is_link_local for address in ready):
-            return Refusal(errno.EADDRNOTAVAIL, f"{link.name} has no link-local IPv6 address")
-        return Binding(link.name, owner=link)
-    wide = [address for address in ready if version == 4 or not address.ip.is_link_local]
-    if any(address.scope == 0 and not address.deprecated for address in wide):
-        return Binding(link.name, owner=link)
-    if not wide:
-        reason = f"{link.name} has only link-local IPv6 addresses, which reach no further than its link"
-        return Refusal(errno.EADDRNOTAVAIL, reason)
-    return Binding(link.name, tuple(address.ip for address in wide), owner=link)
+    if version == 6 and target.reach != "loopback":
+        # A link-local target is reached from a link-local address, which reaches no other one.
+        on_link = target.reach == "link"
+        ready = [address for address in ready if address.ip.is_link_local == on_link]
+        if not ready:
+            what = "no link-local IPv6 address"
+            if not on_link:
+                what = "only link-local IPv6 addresses, which reach no further than its link"
+            return Refusal(errno.EADDRNOTAVAIL, f"{link.name} has {what}")
+    ready.sort(key=lambda address: (address.deprecated, address.scope))
+    return Binding(link.name, tuple(address.ip for address in ready), owner=link)
+
+
+class Exempt:
+    """Destinations that no source is pinned for: names, addresses and networks.
+
+    Args:
+        entries: host names (each for itself alone, in any case), IP addresses, and networks as in ``"10.0.0.0/8"``.
+
+    Raises:
+        TypeError: not a sequence of texts.
+        ValueError: a text is neither a name, an address nor a network.
+    """
+
+    def __init__(self, entries: Iterable[str]) -> None:
+        if isinstance(entries, str):
+            raise TypeError(f"direct is a sequence of hosts and networks, as in direct=({entries!r},)")
+        self._names: set[str] = set()
+        self._networks: list[IPv4Network | IPv6Network] = []
+        for entry in entries:
+            if not isinstance(entry, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise TypeError(f"direct holds texts, not {type(entry).__name__}")
+            try:
+                self._networks.append(ip_network(entry))
+            except ValueError as error:
+                if not entry or not set(entry).isdisjoint("/*:%[] "):
+                    raise ValueError(
+                        f"direct: {entry!r} is neither a host, an address nor a network ({error})"
+                    ) from None
+                self._names.add(entry.rstrip(".").casefold())
+
+    def names(self, host: str) -> bool:
+        """Return whether *host* is exempt by its name."""
+        return host.rstrip(".").casefold() in self._names
+
+    def covers(self, host: str, target: Target) -> bool:
+        """Return whether *target*, which belongs to *host*, is exempt."""
+        return self.names(host) or (
+            bool(self._networks) and any(ip_address(target.host) in network for network in self._networks)
+        )

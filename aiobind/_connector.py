@@ -6,7 +6,7 @@ import asyncio
 import socket
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ._dial import Dialer, destination_of
+from ._dial import Dialer
 from ._errors import AiobindError, is_sources_fault, merged
 from ._scope import scoped
 
@@ -27,27 +27,27 @@ __all__ = ["Connector", "connect"]
 _ProtocolT = TypeVar("_ProtocolT", bound=asyncio.BaseProtocol)
 
 
-def refuse_unfinished(
+def dialer(
+    sources: Sequence[str | Source],
     *,
-    local_ports: range | None = None,
-    dns: str | Sequence[str] = "system",
-    strict: bool = True,
-    borrow: bool = False,
-    direct: Sequence[str] = (),
-    fast_connect: bool = False,
-) -> None:
-    """Raise NotImplementedError for an option whose promise this version cannot keep yet."""
-    asked = {
-        "local_ports": local_ports is not None,
-        f"dns={dns!r}": dns != "system",
-        "strict=False": not strict,
-        "borrow=True": borrow,
-        "direct": bool(direct),
-        "fast_connect=True": fast_connect,
-    }
-    for option, wanted in asked.items():
-        if wanted:
-            raise NotImplementedError(f"{option} is not available yet; leave it at its default")
+    dns: str | Sequence[str],
+    ttl: float | None,
+    fast_connect: bool,
+    **options: Any,
+) -> Dialer:
+    """Return the dialer of a connector, by the options that all connectors have in common."""
+    if fast_connect:
+        raise NotImplementedError("fast_connect=True is not available yet; leave it at its default")
+    if dns == "system":
+        return Dialer(sources, ttl=ttl, **options)
+    if isinstance(dns, str) and dns != "source":
+        raise ValueError(
+            f'dns is "system", "source" or a sequence of addresses, as in dns=("192.0.2.53",), not {dns!r}'
+        )
+    from .dns import SourceLookup  # noqa: PLC0415 - an extra
+
+    servers = None if dns == "source" else dns
+    return Dialer(sources, ttl=ttl, lookup=lambda reach: SourceLookup(reach, servers, ttl=ttl), **options)
 
 
 class Connector:
@@ -92,15 +92,18 @@ class Connector:
         fast_connect: bool = False,
         ttl_dns_cache: float | None = 10.0,
     ) -> None:
-        refuse_unfinished(
+        self._dialer = dialer(
+            sources,
+            policy=policy,
             local_ports=local_ports,
+            socket_options=socket_options,
             dns=dns,
             strict=strict,
             borrow=borrow,
             direct=direct,
             fast_connect=fast_connect,
+            ttl=ttl_dns_cache,
         )
-        self._dialer = Dialer(sources, policy=policy, socket_options=socket_options, ttl=ttl_dns_cache)
         self._delay = happy_eyeballs_delay
 
     def __repr__(self) -> str:
@@ -260,12 +263,13 @@ class Connector:
         dialer = self._dialer
         dialer.enter()
         _check(host, port)
-        targets = await dialer.targets(host, port, family=family, flags=flags, first_family_count=first_family_count)
-        destination = destination_of(host, port)
         failures: list[AiobindError] = []
         for origin in dialer.route(host, source):
             try:
-                return await dialer.dial(origin, targets, destination, delay=delay)
+                targets = await dialer.targets(
+                    origin, host, port, family=family, flags=flags, first_family_count=first_family_count
+                )
+                return await dialer.dial(origin, host, targets, delay=delay)
             except AiobindError as error:
                 failures.append(error)
                 if not is_sources_fault(error):

@@ -4,7 +4,7 @@
     targets    the destination's addresses (a literal asks nobody)
     plan       for each target, what its socket is bound to; what the source cannot serve is dropped
     race       attempts by RFC 8305: open, pin, bind, connect
-    verify     the local address keeps the promise, before a first byte is sent
+    verify     the source keeps its promise, in the moment before the SYN and again before a first byte
     count      the connection belongs to its source until it ends
 
 The edges call ``route``, ``targets`` and ``dial``; whatever they wrap around, the story is told here only.
@@ -18,32 +18,37 @@ import os
 import socket
 import weakref
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, cast
 
-from ._binding import Refusal, Target
+from ._binding import Binding, Exempt, Refusal, Target
 from ._errors import AiobindError, Attempt, BindError, ConnectError, ResolveError, explained, shown
 from ._plan import Planner
 from ._policy import RoundRobin
+from ._ports import ANY_PORT, LocalPorts
 from ._race import interleave, race
-from ._resolve import literal, resolve
+from ._resolve import SystemLookup, literal
 from ._scope import pinned
 from ._sockets import BoundSocket, BoundSource, connect, open_bound
 from ._sources import Prefix, parse_source
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 
-    from ._binding import Binding
-    from ._interfaces import Guard
     from ._policy import Policy
+    from ._resolve import Lookup, Resolved
     from ._sockets import SocketOption
     from ._sources import Source
 
-__all__ = ["Dialer", "Origin", "SourceStats"]
+__all__ = ["Dialer", "Origin", "Reach", "SourceStats"]
+
+#: How a look-up gets a socket to ask with: `Dialer.reach`.
+Reach: TypeAlias = "Callable[[Source | None, Target, int], Awaitable[BoundSocket]]"
+
+#: Local ports that one turn of the loop tries at most: 1 ms.
+_TRIES_PER_TURN = 50
 
 #: What connect(2) answers when the source is to blame, and what it means then.
 _SOURCE_ERRNOS = {
-    errno.EADDRNOTAVAIL: "no source address or ephemeral port is left for this destination",
     errno.EADDRINUSE: "no ephemeral port is left for this destination",
     errno.ENODEV: "the interface is gone",
     errno.EINVAL: "the system lets no packet go there from this source address",
@@ -111,6 +116,11 @@ class Dialer:
         socket_options: Iterable[SocketOption],
         ttl: float | None,
         pooled: bool = False,
+        local_ports: range | None = None,
+        lookup: Callable[[Reach], Lookup] | None = None,
+        strict: bool = True,
+        borrow: bool = False,
+        direct: Iterable[str] = (),
     ) -> None:
         if not sources:
             raise TypeError("name at least one source, for example 'if!eth0' or '192.0.2.7'")
@@ -127,8 +137,12 @@ class Dialer:
         self._policy: Policy = RoundRobin() if policy is None else policy
         self._options = tuple(socket_options)
         self._pooled = pooled
-        self._ttl = ttl
-        self._planner = Planner(ttl=ttl)
+        self._ports = LocalPorts(local_ports) if local_ports is not None else ANY_PORT
+        self._strict = strict
+        self._direct = Exempt(direct) if direct else None
+        self._system = SystemLookup(ttl)
+        self._lookup: Lookup = self._system if lookup is None else lookup(self.reach)
+        self._planner = Planner(lookup=self._lookup, borrow=borrow)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
 
@@ -150,7 +164,12 @@ class Dialer:
     def close(self) -> None:
         """Refuse new connections, and let go of the loop's interface watch."""
         self._closed = True
+        self._lookup.close()
         self._planner.close()
+
+    def forget(self, host: str | None = None) -> None:
+        """Drop the addresses of names that are kept for this dialer's sources."""
+        self._lookup.forget(host)
 
     def stats(self) -> tuple[SourceStats, ...]:
         """Return the figures of each source, and of those pinned from outside that still have connections."""
@@ -180,12 +199,40 @@ class Dialer:
 
     # ── targets ──
 
+    async def find(
+        self, origin: Origin, host: str, port: int, *, family: int = 0, flags: int = 0
+    ) -> Sequence[Resolved]:
+        """Return the addresses of a name, asked for as *origin* asks.
+
+        Args:
+            origin: whose connection it is for.
+            host: a name.
+            port: the port of the destination; for messages.
+            family: ``AF_INET``, ``AF_INET6``, or 0 for both.
+            flags: ``AI_*`` flags of getaddrinfo(3).
+
+        Raises:
+            ResolveError: the name has no address; with a ``source`` when it is the source that could not ask.
+            BindError: the source can reach no name server.
+        """
+        lookup = self._system if self._direct is not None and self._direct.names(host) else self._lookup
+        try:
+            return await lookup.find(host, via=origin.source, family=family, flags=flags)
+        except BindError as error:
+            raise _with_context(error, origin.source, destination_of(host, port)) from error.__cause__
+        except socket.gaierror as error:
+            text = f"the destination's name cannot be resolved: {error.strerror}"
+            # Of what no name server has answered from here, another source may hear.
+            source = origin.source if lookup.by_source and error.errno == socket.EAI_AGAIN else None
+            raise _unresolved(host, port, text, error.errno, source) from error
+
     async def targets(
-        self, host: str, port: int, *, family: int = 0, flags: int = 0, first_family_count: int = 1
+        self, origin: Origin, host: str, port: int, *, family: int = 0, flags: int = 0, first_family_count: int = 1
     ) -> list[Target]:
         """Return the addresses of the destination in the order to try them, their families interleaved.
 
         Args:
+            origin: whose connection it is for.
             host: a name or a literal address.
             port: its port.
             family: ``AF_INET``, ``AF_INET6``, or 0 for both.
@@ -194,15 +241,13 @@ class Dialer:
 
         Raises:
             ResolveError: the name has no address, or none of *family*.
+            BindError: the source can reach no name server.
         """
         try:
             address = literal(host)
-            found = (address,) if address else await resolve(host, family=family, flags=flags, ttl=self._ttl)
-        except socket.gaierror as error:
-            text = f"the destination's name cannot be resolved: {error.strerror}"
-            raise _unresolved(host, port, text, error.errno) from error
         except OSError as error:
             raise _unresolved(host, port, error.strerror or "") from error
+        found = (address,) if address else await self.find(origin, host, port, family=family, flags=flags)
         version = 6 if family == socket.AF_INET6 else 4
         targets = [Target.of(ip, port, zone) for ip, zone in found if not family or ip.version == version]
         if not targets:
@@ -214,8 +259,8 @@ class Dialer:
     async def dial(
         self,
         origin: Origin,
+        host: str,
         targets: Sequence[Target],
-        destination: str,
         *,
         delay: float | None,
         begun: list[Target] | None = None,
@@ -224,8 +269,8 @@ class Dialer:
 
         Args:
             origin: whence.
-            targets: whither, in the order to try.
-            destination: what the caller calls it; for messages.
+            host: what the caller calls the destination.
+            targets: its addresses, in the order to try.
             delay: RFC 8305's Connection Attempt Delay in seconds; None: one attempt after the other.
             begun: is filled with the targets that were tried, for a caller whose deadline may come before the last one.
 
@@ -235,9 +280,9 @@ class Dialer:
             ConnectError: no target answered.
         """
         loop = self.enter()
-        source = origin.source
+        source, destination = origin.source, destination_of(host, targets[0].port)
         try:
-            decisions = await self._planner.plan(source, targets)
+            decisions = await self._plan(source, host, targets)
         except (BindError, ResolveError) as error:
             raise _with_context(error, source, destination) from error.__cause__
         bindings: dict[Target, Binding] = {}
@@ -255,6 +300,32 @@ class Dialer:
         sock.register(origin.ended)
         return sock
 
+    async def reach(self, source: Source | None, target: Target, kind: int) -> BoundSocket:
+        """Return a socket of *kind* connected to *target* from *source*, which no figure counts.
+
+        Args:
+            source: whence; None leaves that to the routing table.
+            target: whither. ``direct`` exempts it from nothing.
+            kind: ``SOCK_STREAM`` or ``SOCK_DGRAM``.
+
+        Raises:
+            BindError: the source cannot serve *target*, and nothing was sent.
+            ResolveError: the name of the source could not be resolved.
+            OSError: the system's answer.
+        """
+        loop = self.enter()
+        (decision,) = await self._planner.plan(source, (target,))
+        if isinstance(decision, Refusal):
+            raise BindError(*decision)
+        return await self._open(loop, target, decision, kind)
+
+    async def _plan(self, source: Source, host: str, targets: Sequence[Target]) -> Sequence[Binding | Refusal]:
+        if self._direct is None:
+            return await self._planner.plan(source, targets)
+        pinned = [target for target in targets if not self._direct.covers(host, target)]
+        decided = dict(zip(pinned, await self._planner.plan(source, pinned) if pinned else (), strict=True))
+        return [decided.get(target, Binding()) for target in targets]
+
     async def _attempt(
         self,
         loop: asyncio.AbstractEventLoop,
@@ -265,31 +336,78 @@ class Dialer:
     ) -> BoundSocket:
         if begun is not None:
             begun.append(target)
-        sock = open_bound(binding, target.family, options=self._options)
-        guard: Guard | None = None
-        try:
-            with self._planner.guard(sock, binding, target) as guard:
-                await connect(loop, sock, target)
-            if guard is not None and guard.refusal is not None:  # the link went in the moment in which it connected
-                raise ConnectionResetError(errno.ECONNRESET, "aborted")
-            address, port = sock.getsockname()[:2]
-            if (address, port) == (target.host, target.port):
-                # TCP connects a port to itself where nobody listens and connect(2) happens to choose that very port
-                # (simultaneous open, RFC 9293 section 3.5).
-                raise ConnectionRefusedError(errno.ECONNREFUSED, "connected to itself")
-            await self._planner.verify(binding, address)
-        except BaseException as error:
-            sock.close()
-            if guard is not None and guard.refusal is not None and isinstance(error, OSError):
-                raise BindError(guard.refusal.errno, f"{guard.refusal.reason} (since the attempt began)") from _bare(
-                    error
-                )
-            if isinstance(error, OSError) and not isinstance(error, AiobindError):
-                raise _plain(error) from _bare(error)
-            raise
+        sock = await self._open(loop, target, binding)
+        address, port = sock.getsockname()[:2]
         sock.target = target
-        sock.bound = BoundSource(source, binding.device or _pinned_zone(binding), address, port)
+        sock.bound = BoundSource(source, sock.interface, address, port)
         return sock
+
+    async def _open(
+        self, loop: asyncio.AbstractEventLoop, target: Target, binding: Binding, kind: int = socket.SOCK_STREAM
+    ) -> BoundSocket:
+        """Return a connected socket; where the system finds no free port for one, try the next way to get one."""
+        stream = kind == socket.SOCK_STREAM
+        options, ports = (self._options, self._ports) if stream else ((), ANY_PORT)
+        failure: OSError | None = None
+        for turn, port in enumerate(ports.ways()):
+            if turn % _TRIES_PER_TURN == _TRIES_PER_TURN - 1:
+                await asyncio.sleep(0)
+            try:
+                sock = open_bound(
+                    binding, target, kind=kind, options=options, strict=self._strict, ports=ports, port=port
+                )
+            except BindError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+                failure = failure or _bare(error)
+                continue
+            try:
+                await self._connect(loop, sock, target, binding)
+            except BaseException as error:
+                sock.close()
+                if isinstance(error, AiobindError) or not isinstance(error, OSError):
+                    raise
+                if error.errno != errno.EADDRNOTAVAIL:
+                    raise _plain(error) from _bare(error)
+                failure = failure or _bare(error)
+            else:
+                return sock
+        assert failure is not None
+        try:
+            reason = f"no source address or {ports} is left for this destination"
+            raise BindError(failure.errno or errno.EADDRNOTAVAIL, reason) from failure
+        finally:
+            del failure  # which would hold this very frame
+
+    async def _connect(
+        self, loop: asyncio.AbstractEventLoop, sock: BoundSocket, target: Target, binding: Binding
+    ) -> None:
+        """Connect *sock*, and hold what became of it against the promise, before and after."""
+        guard = self._planner.guard(sock, binding, target)
+        if guard is None:
+            await connect(loop, sock, target)
+        else:
+            with guard:
+                await guard.confirm()
+                try:
+                    await connect(loop, sock, target)
+                except OSError as error:
+                    if guard.refusal is None:
+                        raise
+                    await guard.confirm(_bare(error))  # it was the guard that ended it
+                await guard.confirm()
+        address, port = sock.getsockname()[:2]
+        if (address, port) == (target.host, target.port) and sock.type == socket.SOCK_STREAM:
+            # TCP connects a port to itself where nobody listens and connect(2) happens to choose that very port
+            # (simultaneous open, RFC 9293 section 3.5).
+            raise ConnectionRefusedError(errno.ECONNREFUSED, "connected to itself")
+        if sock.local is not None and str(sock.local).partition("%")[0] != address:
+            reason = f"the system connected from {address} instead of {sock.local}; nothing was sent"
+            raise BindError(errno.EADDRNOTAVAIL, reason)
+        if port not in self._ports and sock.type == socket.SOCK_STREAM:
+            self._ports.doubt()
+            reason = f"the system connected from {port}, which is no {self._ports}; nothing was sent"
+            raise BindError(errno.EADDRNOTAVAIL, reason)
 
 
 def destination_of(host: str, port: int) -> str:
@@ -298,15 +416,12 @@ def destination_of(host: str, port: int) -> str:
     return f"[{text}]:{port}" if ":" in text else f"{text}:{port}"
 
 
-def _pinned_zone(binding: Binding) -> str | None:
-    # Binding a link-local address sets the socket's device as well (ipv6(7), sin6_scope_id).
-    ip = binding.local[0] if binding.local else None
-    return ip.scope_id if ip is not None and ip.version == 6 else None
-
-
-def _unresolved(host: str, port: int, reason: str, number: int | None = None) -> ResolveError:
+def _unresolved(
+    host: str, port: int, reason: str, number: int | None = None, source: Source | None = None
+) -> ResolveError:
     destination = destination_of(host, port)
-    return ResolveError(number or socket.EAI_NONAME, f"connect to {destination}: {reason}", destination=destination)
+    text = f"connect to {destination}: {reason}" if source is None else explained(source, destination, reason)
+    return ResolveError(number or socket.EAI_NONAME, text, source=source, destination=destination)
 
 
 def _with_context(error: AiobindError, source: Source, destination: str) -> AiobindError:

@@ -96,7 +96,7 @@ def socket_factory(
                 decision = decide(target)
             if isinstance(decision, Refusal):
                 raise BindError(*decision)
-            return open_bound(decision, family, kind=kind, proto=proto, options=options)
+            return open_bound(decision, target, kind=kind, proto=proto, options=options)
         except BindError as error:
             text = explained(parsed, str(target), error.strerror or "")
             number = error.errno or errno.EINVAL

@@ -9,97 +9,81 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from ipaddress import IPv6Address
 from typing import TYPE_CHECKING, assert_never
 
-from ._binding import Refusal, bind_any, listed
+from ._binding import Binding, Refusal, bind_any
 from ._errors import BindError, ResolveError
 from ._interfaces import Guard, InterfaceWatch
-from ._resolve import resolve
 from ._sources import Address, Host, Interface, Prefix
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Container, Sequence
-    from contextlib import AbstractContextManager
+    from collections.abc import Container, Sequence
 
-    from ._binding import Binding, IPAddress, Target
+    from ._binding import IPAddress, Target
     from ._interfaces import InterfaceTable
+    from ._resolve import Lookup
+    from ._sockets import BoundSocket
     from ._sources import Source
 
 __all__ = ["Planner"]
 
 
-#: A cached look may allow. What it refuses the news may allow, but for a carrier: the kernel tells of one once in a
-#: second at most (net/core/link_watch.c), so that only a list told anew may say that there is none.
-_LOOKS = (InterfaceWatch.table, InterfaceWatch.caught_up, InterfaceWatch.told_anew)
-
-
 class Planner:
-    """Decides for one connector, on one loop."""
+    """Decides for one connector, on one loop.
 
-    def __init__(self, *, ttl: float | None) -> None:
-        self._ttl = ttl
+    Args:
+        lookup: finds the addresses of the sources' names.
+        borrow: the address of another interface will do where an interface has none that serves.
+    """
+
+    def __init__(self, *, lookup: Lookup, borrow: bool = False) -> None:
+        self._lookup = lookup
+        self._borrow = borrow
         self._watch: InterfaceWatch | None = None
 
     def close(self) -> None:
         """Let go of the loop's interface watch."""
         self._watch = None
 
-    async def plan(self, source: Source, targets: Sequence[Target]) -> list[Binding | Refusal]:
-        """Return the decision for each of *targets*.
+    async def plan(self, source: Source | None, targets: Sequence[Target]) -> list[Binding | Refusal]:
+        """Return the decision for each of *targets*; without a source, all is left to the routing table.
 
         Raises:
             BindError: the host's interfaces cannot be read.
             ResolveError: the source is a name that has no address.
         """
         match source:
+            case None:
+                return [Binding() for _ in targets]
             case Interface(name, local):
-                return await self._on_interface(name, None if local is None else await self._addresses(local), targets)
+                # The name of its address is asked for through the interface.
+                found = None if local is None else await self._addresses(local, Interface(name))
+                return await self._on_interface(name, found, targets)
             case Address() | Host():
-                return await self._on_address(await self._addresses(source), targets)
+                return await self._on_address(await self._addresses(source, None), targets)
             case Prefix():
                 each = [await self._on_address((source.pick(),), (target,), freebind=True) for target in targets]
                 return [decision for decisions in each for decision in decisions]
         assert_never(source)
 
-    def guard(self, sock: socket.socket, binding: Binding, target: Target) -> AbstractContextManager[Guard | None]:
-        """Return a context in which *sock* connects, and is aborted when its interface can no longer serve it."""
+    def guard(self, sock: BoundSocket, binding: Binding, target: Target) -> Guard | None:
+        """Return what aborts *sock* when its interface can no longer serve it while it connects; None: nothing can."""
         if binding.owner is None or self._watch is None:
-            return nullcontext()
-        return Guard(self._watch, sock, binding, target)
-
-    async def verify(self, binding: Binding, address: str) -> None:
-        """Hold the local address of a new connection against the promise.
-
-        Raises:
-            BindError: EADDRNOTAVAIL, it is not what was promised. A table that says so is read to the end first, for
-                an address that has just arrived is no leak. Or the host's interfaces cannot be read.
-        """
-        if binding.local:
-            kept = any(str(ip).partition("%")[0] == address for ip in binding.local)
-        elif binding.owner is None or address in binding.owner.addresses:
-            return
-        else:
-            link = (await self._table(InterfaceWatch.caught_up)).link(binding.owner.name)
-            kept = link is not None and address in link.addresses
-        if not kept:
-            promised = listed(binding.local) if binding.local else f"an address of {binding.device}"
-            raise BindError(
-                errno.EADDRNOTAVAIL,
-                f"the system connected from {address}, which is not {promised}; nothing was sent",
-            )
+            return None
+        return Guard(self._watch, sock, binding.owner, sock.local, target, borrow=self._borrow)
 
     async def _on_interface(
         self, name: str, local: tuple[IPAddress, ...] | None, targets: Sequence[Target]
     ) -> list[Binding | Refusal]:
-        decisions: list[Binding | Refusal] = []
-        for look in _LOOKS:
-            table = await self._table(look)
-            decisions = [table.bind(name, target, local) for target in targets]
-            refused = {decision.errno for decision in decisions if isinstance(decision, Refusal)}
-            if not refused or (look is InterfaceWatch.caught_up and errno.EHOSTUNREACH not in refused):
-                break
+        table = await self._table()
+        decisions = [table.bind(name, target, local, borrow=self._borrow) for target in targets]
+        if any(isinstance(decision, Refusal) and decision.errno == errno.EHOSTUNREACH for decision in decisions):
+            # The kernel tells of a carrier once in a second at most (net/core/link_watch.c): only a list told anew may
+            # say that there is none.
+            table = await self._table(anew=True)
+            decisions = [table.bind(name, target, local, borrow=self._borrow) for target in targets]
         return decisions
 
     async def _on_address(
@@ -107,24 +91,26 @@ class Planner:
     ) -> list[Binding | Refusal]:
         own: Container[str] = ()
         if any(ip.is_loopback for ip in local) and any(target.reach != "loopback" for target in targets):
-            own = (await self._table(InterfaceWatch.caught_up)).own
+            own = (await self._table()).own
         return [bind_any(local, target, own=own, freebind=freebind) for target in targets]
 
-    async def _addresses(self, local: Address | Host) -> tuple[IPAddress, ...]:
+    async def _addresses(self, local: Address | Host, via: Interface | None) -> tuple[IPAddress, ...]:
         if isinstance(local, Address):
             return (local.ip,)
         try:
-            found = await resolve(local.name, ttl=self._ttl)
+            found = await self._lookup.find(local.name, via=via)
         except socket.gaierror as error:
             text = f"the source's name {local.name!r} cannot be resolved: {error.strerror}"
             raise ResolveError(error.errno or socket.EAI_FAIL, text) from error
         return tuple(_with_zone(ip, scope_id) if scope_id else ip for ip, scope_id in found)
 
-    async def _table(self, look: Callable[[InterfaceWatch], Awaitable[InterfaceTable]]) -> InterfaceTable:
+    async def _table(self, *, anew: bool = False) -> InterfaceTable:
         try:
             if self._watch is None:
                 self._watch = InterfaceWatch.of(asyncio.get_running_loop())
-            return await look(self._watch)
+            if anew:
+                return await self._watch.told_anew()
+            return self._watch.look() or await self._watch.caught_up()
         except OSError as error:
             reason = f"the interfaces of this host cannot be read: {error.strerror}"
             raise BindError(error.errno or errno.EINVAL, reason) from error

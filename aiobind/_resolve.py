@@ -18,14 +18,15 @@ from collections import OrderedDict, deque
 from contextlib import suppress
 from functools import partial
 from ipaddress import ip_address
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ._binding import IPAddress
+    from ._sources import Source
 
-__all__ = ["Resolved", "literal", "resolve"]
+__all__ = ["Lookup", "Resolved", "SystemLookup", "literal", "resolve"]
 
 #: Look-ups that run at the same time in the whole process; further ones wait their turn.
 MAX_THREADS = 256
@@ -38,6 +39,36 @@ class Resolved(NamedTuple):
 
     ip: IPAddress
     scope_id: int
+
+
+class Lookup(Protocol):
+    """Finds the addresses of names for one connector."""
+
+    #: whether it asks from the source, so that another source may get another answer
+    by_source: bool
+
+    async def find(self, host: str, *, via: Source | None, family: int = 0, flags: int = 0) -> tuple[Resolved, ...]:
+        """Return the addresses of *host*, in the order to try them.
+
+        Args:
+            host: a name.
+            via: the source that is to ask for it; None leaves the way to the routing table.
+            family: ``AF_INET``, ``AF_INET6``, or 0 for both.
+            flags: ``AI_*`` flags of getaddrinfo(3).
+
+        Raises:
+            socket.gaierror: the name has no address, or could not be asked for.
+            BindError: *via* can reach none that it could ask.
+        """
+        ...
+
+    def forget(self, host: str | None = None) -> None:
+        """Drop the answers that are kept, of *host* or of all."""
+        ...
+
+    def close(self) -> None:
+        """End the look-ups that are under way."""
+        ...
 
 
 Answer: TypeAlias = "tuple[Resolved, ...] | socket.gaierror"
@@ -204,3 +235,23 @@ async def resolve(host: str, *, family: int = 0, flags: int = 0, ttl: float | No
     if isinstance(answer, socket.gaierror):
         raise socket.gaierror(*answer.args)
     return answer
+
+
+class SystemLookup:
+    """The operating system's resolver, which goes its own way whatever the source."""
+
+    by_source = False
+
+    def __init__(self, ttl: float | None) -> None:
+        self._ttl = ttl
+
+    async def find(self, host: str, *, via: Source | None, family: int = 0, flags: int = 0) -> tuple[Resolved, ...]:
+        """Return what `resolve` does."""
+        del via
+        return await resolve(host, family=family, flags=flags, ttl=self._ttl)
+
+    def forget(self, host: str | None = None) -> None:
+        """Do nothing: the answers are the loop's, shared by all its connectors."""
+
+    def close(self) -> None:
+        """Do nothing: a look-up may be waited for by others."""

@@ -7,18 +7,23 @@ by ``detach`` (uvloop, which closes the descriptor itself), or by being collecte
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import socket
+from contextlib import suppress
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from ._errors import BindError
+from ._errors import BindError, shown
 from ._platform import platform
+from ._ports import ANY_PORT, claim, release
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Sequence
 
     from ._binding import Binding, IPAddress, Target
+    from ._ports import Claim, LocalPorts
     from ._sources import Source
 
 __all__ = ["BoundSocket", "BoundSource", "SocketOption", "bound_source", "connect", "finders", "open_bound"]
@@ -85,8 +90,12 @@ def _descriptor(connection: object) -> int:
 class BoundSocket(socket.socket):
     """A socket that knows where it leaves from, and reports its end once."""
 
+    #: the source address that it is bound to, and the interface that it is pinned to; None: none
+    local: IPAddress | None = None
+    interface: str | None = None
     bound: BoundSource | None = None
     target: Target | None = None
+    _claim: Claim | None = None
     _on_end: Callable[[], None] | None = None
 
     def register(self, on_end: Callable[[], None]) -> None:
@@ -94,6 +103,21 @@ class BoundSocket(socket.socket):
         self._on_end = on_end
         if self.bound is not None:
             _open[self.fileno()] = self.bound
+
+    def claim(self, local: IPAddress, target: Target) -> bool:
+        """Enter the source address and the target of this socket; return whether it must reserve its port."""
+        self._unclaim()
+        zone = local.scope_id if local.version == 6 else None
+        if zone is not None:  # to bind a link-local address is to pin the socket (ipv6(7), sin6_scope_id)
+            self.interface = zone
+        address = str(local).partition("%")[0]
+        self._claim, reserve = claim(address, target, pinned=self.interface is not None)
+        return reserve
+
+    def _unclaim(self) -> None:
+        ended, self._claim = self._claim, None
+        if ended is not None:
+            release(ended)
 
     def close(self) -> None:
         """Close the socket."""
@@ -115,6 +139,7 @@ class BoundSocket(socket.socket):
         super().__del__()  # type: ignore[misc]  # closes it, with the ResourceWarning of an unclosed socket
 
     def _end(self, descriptor: int) -> None:
+        self._unclaim()
         on_end, self._on_end = self._on_end, None
         if on_end is not None:
             # The number may belong to another connection by now, opened by another thread.
@@ -125,23 +150,41 @@ class BoundSocket(socket.socket):
 
 def open_bound(
     binding: Binding,
-    family: int,
+    target: Target,
     *,
     kind: int = socket.SOCK_STREAM,
     proto: int = 0,
     options: Sequence[SocketOption] = (),
+    strict: bool = True,
+    ports: LocalPorts = ANY_PORT,
+    port: int | None = None,
 ) -> BoundSocket:
-    """Return a non-blocking socket with the caller's options and the binding applied.
+    """Return a non-blocking socket for *target* with the caller's options and the binding applied.
+
+    Its source address is always bound, so that no route can name another one: the address that the kernel itself would
+    choose where the binding allows that, else the best one that it allows.
+
+    Args:
+        binding: the decision.
+        target: where it is going to connect.
+        kind: ``SOCK_STREAM`` or ``SOCK_DGRAM``.
+        proto: the protocol number.
+        options: the caller's.
+        strict: a pin that is not permitted is an error; if not, the source address alone will do, and ``interface`` is
+            None.
+        ports: the local ports to choose from.
+        port: one of ``ports.ways()``.
 
     Raises:
         BindError: the pin or the source address was refused.
         OSError: no socket could be made (EMFILE), or an option of the caller was refused.
     """
-    sock = BoundSocket(family, kind | platform.socket_flags, proto)
+    sock = BoundSocket(target.family, kind | platform.socket_flags, proto)
     try:
         if sock.gettimeout() != 0:
             sock.setblocking(False)
         platform.prepare(sock)
+        ports.prepare(sock)
         # The caller's come first: should one of them name a device, ours holds, or is refused.
         for level, name, value in options:
             try:
@@ -151,31 +194,92 @@ def open_bound(
                     error.errno, f"socket option ({level}, {name}) refused: {error.strerror}"
                 ) from error.with_traceback(None)
         if binding.device is not None:
-            _pin(sock, binding.device)
-        if binding.local:
-            _bind(sock, binding.local, freebind=binding.freebind)
+            _pin(sock, binding.device, strict=strict)
+        local = _candidates(sock, binding, target, options)
+        if local:
+            _bind(sock, local, target, port, freebind=binding.freebind)
+        elif port is not None:
+            platform.bind(sock, _ANY[target.family], port)
     except BaseException:
         sock.close()
         raise
     return sock
 
 
-def _pin(sock: socket.socket, device: str) -> None:
+_ANY: dict[int, IPAddress] = {socket.AF_INET: IPv4Address(0), socket.AF_INET6: IPv6Address(0)}
+
+
+def _pin(sock: BoundSocket, device: str, *, strict: bool) -> None:
     try:
         platform.pin(sock, device)
     except OSError as error:
-        raise _refused(error, _PIN_ADVICE, device) from error.with_traceback(None)
+        if error.errno != errno.EPERM or strict:
+            raise _refused(error, _PIN_ADVICE, device) from error.with_traceback(None)
+        if device not in _unpinned:
+            _unpinned.add(device)
+            _log.warning(
+                "the pin to %s is not permitted: connections from it have one of its addresses, and may leave by any"
+                " interface (strict=False)",
+                shown(device),
+            )
+    else:
+        sock.interface = device
 
 
-def _bind(sock: socket.socket, local: tuple[IPAddress, ...], *, freebind: bool) -> None:
+#: Interfaces whose missing pin has been logged.
+_unpinned: set[str] = set()
+_log = logging.getLogger("aiobind")
+
+
+def _candidates(
+    sock: BoundSocket, binding: Binding, target: Target, options: Sequence[SocketOption]
+) -> tuple[IPAddress, ...]:
+    """Return the source addresses to try, the kernel's own choice first."""
+    local = binding.local
+    if len(local) != 1 and not binding.freebind:
+        chosen = _kernels_choice(sock.interface, target, options)
+        if chosen is not None and (chosen in local or not local):
+            local = (chosen, *(ip for ip in local if ip != chosen))
+    if sock.interface is None and binding.device is not None:
+        # Without the pin it is the zone that tells where a link-local address is.
+        return tuple(IPv6Address(f"{ip}%{binding.device}") if _needs_zone(ip) else ip for ip in local)
+    return local
+
+
+def _needs_zone(ip: IPAddress) -> bool:
+    return ip.version == 6 and ip.is_link_local and ip.scope_id is None
+
+
+def _kernels_choice(device: str | None, target: Target, options: Sequence[SocketOption]) -> IPAddress | None:
+    """Return the source address by RFC 6724 and the routes: to connect a UDP socket sends nothing (udp(7))."""
+    try:
+        with socket.socket(target.family, socket.SOCK_DGRAM | platform.socket_flags) as probe:
+            for level, name, value in options:
+                if level in (socket.SOL_SOCKET, socket.IPPROTO_IP, socket.IPPROTO_IPV6):  # a mark may choose the route
+                    with suppress(OSError):
+                        probe.setsockopt(level, name, value)
+            if device is not None:
+                platform.pin(probe, device)
+            probe.connect(target.sockaddr)
+            return ip_address(probe.getsockname()[0].partition("%")[0])
+    except OSError:  # no route: connect will say so
+        return None
+
+
+def _bind(sock: BoundSocket, local: tuple[IPAddress, ...], target: Target, port: int | None, *, freebind: bool) -> None:
     for ip in local:
+        reserve = sock.claim(ip, target)
         try:
-            platform.bind(sock, ip, freebind=freebind)
+            if port:
+                # Lets several destinations share the port, as connect(2) does with those that it chooses itself.
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, not reserve)
+            platform.bind(sock, ip, 0 if reserve and port is None else port, freebind=freebind)
         except OSError as error:
             # A name may stand for addresses of several hosts: the next one may be ours.
             if error.errno == errno.EADDRNOTAVAIL and ip != local[-1]:
                 continue
             raise _refused(error, _BIND_ADVICE, ip) from error.with_traceback(None)
+        sock.local = ip
         return
 
 
@@ -189,6 +293,7 @@ _BIND_ADVICE = {
     " or it is still tentative",
     errno.EADDRINUSE: "no port is left on {} for this destination",
     errno.ENODEV: "the zone of {} is no interface of this host",
+    errno.EACCES: "{}: a port below net.ipv4.ip_unprivileged_port_start takes CAP_NET_BIND_SERVICE",
 }
 
 

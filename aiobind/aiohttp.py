@@ -26,8 +26,8 @@ from aiohttp.abc import AbstractResolver
 from aiohttp.client_proto import ResponseHandler
 
 from ._binding import Target
-from ._connector import refuse_unfinished
-from ._dial import Dialer, Origin, SourceStats, destination_of
+from ._connector import dialer
+from ._dial import Origin, SourceStats, destination_of
 from ._errors import AiobindError, ResolveError, is_sources_fault, merged
 from ._race import interleave
 from ._resolve import literal, resolve
@@ -44,7 +44,9 @@ if TYPE_CHECKING:
     from aiohttp.tracing import Trace
     from yarl import URL
 
+    from ._dial import Dialer
     from ._policy import Policy
+    from ._resolve import Resolved
     from ._sockets import BoundSocket, SocketOption
     from ._sources import Source
 
@@ -127,20 +129,39 @@ class _SystemResolver(AbstractResolver):
             destination = destination_of(host, port)
             text = f"connect to {destination}: the destination's name cannot be resolved: {error.strerror}"
             raise ResolveError(error.errno or socket.EAI_FAIL, text, destination=destination) from error
-        return [
-            {
-                "hostname": host,
-                "host": f"{ip}%{scope_id}" if scope_id else str(ip),
-                "port": port,
-                "family": socket.AF_INET6 if ip.version == 6 else socket.AF_INET,
-                "proto": 0,
-                "flags": socket.AI_NUMERICHOST | socket.AI_NUMERICSERV,
-            }
-            for ip, scope_id in found
-        ]
+        return _results(host, port, found)
 
     async def close(self) -> None:
         """Do nothing: there is nothing to close."""
+
+
+class _SourceResolver(AbstractResolver):
+    """Asks from the source of the connection that is being made; the cache is `aiobind.dns`'s own, by source."""
+
+    def __init__(self, dialer: Dialer) -> None:
+        self._dialer = dialer
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        return _results(host, port, await self._dialer.find(_dialling.get().origin, host, port, family=family))
+
+    async def close(self) -> None:
+        """Do nothing: it ends with the connector."""
+
+
+def _results(host: str, port: int, found: Iterable[Resolved]) -> list[ResolveResult]:
+    return [
+        {
+            "hostname": host,
+            "host": f"{ip}%{scope_id}" if scope_id else str(ip),
+            "port": port,
+            "family": socket.AF_INET6 if ip.version == 6 else socket.AF_INET,
+            "proto": 0,
+            "flags": socket.AI_NUMERICHOST | socket.AI_NUMERICSERV,
+        }
+        for ip, scope_id in found
+    ]
 
 
 class BoundTCPConnector(aiohttp.TCPConnector):
@@ -199,22 +220,23 @@ class BoundTCPConnector(aiohttp.TCPConnector):
                 raise TypeError(f"{name} is not taken here: the source names the local end, as in '192.0.2.7'")
         if dns != "system" and resolver is not None:
             raise ValueError("dns= and resolver= both say how names are looked up: give one")
-        refuse_unfinished(
+        # First, so that a wrong source leaves no half-made connector behind.
+        self._dialer = dialer(
+            sources,
+            policy=policy,
             local_ports=local_ports,
+            socket_options=socket_options,
             dns=dns,
             strict=strict,
             borrow=borrow,
             direct=direct,
             fast_connect=fast_connect,
-        )
-        # First, so that a wrong source leaves no half-made connector behind.
-        self._dialer = Dialer(
-            sources,
-            policy=policy,
-            socket_options=socket_options,
             ttl=ttl_dns_cache if use_dns_cache else 0,
             pooled=True,
         )
+        self._caches_names = use_dns_cache
+        if resolver is None:
+            resolver = _SystemResolver() if dns == "system" else _SourceResolver(self._dialer)
         self._delay = happy_eyeballs_delay
         self._first_family_count = interleave or 1
         self._limit_per_source = limit_per_source
@@ -222,12 +244,23 @@ class BoundTCPConnector(aiohttp.TCPConnector):
         super().__init__(
             happy_eyeballs_delay=happy_eyeballs_delay,
             interleave=interleave,
-            use_dns_cache=use_dns_cache,
+            # aiohttp's cache knows of no sources; the one that does is `aiobind.dns`'s own.
+            use_dns_cache=use_dns_cache and dns == "system",
             ttl_dns_cache=ttl_dns_cache,
-            resolver=_SystemResolver() if resolver is None else resolver,
+            resolver=resolver,
             **keywords,
         )
         self._acquired_per_host = _PerHost(set)
+
+    @property
+    def use_dns_cache(self) -> bool:
+        """Whether the addresses of names are kept."""
+        return self._caches_names
+
+    def clear_dns_cache(self, host: str | None = None, port: int | None = None) -> None:
+        """Drop the addresses that are kept: of *host* at *port*, or all."""
+        super().clear_dns_cache(host, port)
+        self._dialer.forget(host)
 
     @property
     def limit_per_source(self) -> int:
@@ -366,11 +399,7 @@ class BoundTCPConnector(aiohttp.TCPConnector):
                 try:
                     async with _deadline(timeout.sock_connect):
                         dial.sock = await self._dialer.dial(
-                            dial.origin,
-                            targets,
-                            destination_of(req.url.raw_host or "", targets[0].port),
-                            delay=self._delay,
-                            begun=begun,
+                            dial.origin, req.url.raw_host or "", targets, delay=self._delay, begun=begun
                         )
                         return await self._wrap_existing_connection(
                             *args, sock=dial.sock, req=req, timeout=_NO_TIMEOUT, client_error=client_error, **keywords

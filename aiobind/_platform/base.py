@@ -14,21 +14,21 @@ if TYPE_CHECKING:
 __all__ = ["AddressGone", "AddressSeen", "Feed", "LinkGone", "LinkSeen", "ListEnd", "Platform", "Record", "sockaddr"]
 
 
-def sockaddr(ip: IPAddress) -> tuple[str, int] | tuple[str, int, int, int]:
-    """Return *ip*, without a port, as ``socket.bind`` takes it.
+def sockaddr(ip: IPAddress, port: int = 0) -> tuple[str, int] | tuple[str, int, int, int]:
+    """Return *ip* and *port* as ``socket.bind`` takes them.
 
     Raises:
         OSError: ENODEV (the zone of *ip* is no interface).
     """
     zone = ip.scope_id if ip.version == 6 else None
     if zone is None:
-        return str(ip), 0
+        return str(ip), port
     try:
         index = socket.if_nametoindex(zone)
     except OSError as error:  # it carries no errno
         raise OSError(errno.ENODEV, f"no interface named {zone!r}") from error
     # Python drops the zone of a text address in bind(): only the 4-tuple carries it.
-    return str(ip).partition("%")[0], 0, 0, index
+    return str(ip).partition("%")[0], port, 0, index
 
 
 class LinkSeen(NamedTuple):
@@ -92,6 +92,10 @@ class Feed(Protocol):
         """Return the descriptor that becomes readable when there is something to read."""
         ...
 
+    def quiet(self) -> bool:
+        """Return whether there is nothing to read."""
+        ...
+
     def ask(self) -> None:
         """Ask for a record of every interface and address, and a `ListEnd` behind them."""
         ...
@@ -124,8 +128,24 @@ class Platform(Protocol):
         """Let every packet of *sock* leave by *device*, or raise OSError."""
         ...
 
-    def bind(self, sock: socket.socket, ip: IPAddress, *, freebind: bool) -> None:
-        """Give *sock* the source address *ip* without reserving a port, or raise OSError."""
+    def bind(self, sock: socket.socket, ip: IPAddress, port: int | None, *, freebind: bool = False) -> None:
+        """Give *sock* the source address *ip*, or raise OSError.
+
+        Args:
+            sock: the socket.
+            ip: the address.
+            port: None leaves the port to connect(2), which shares it among destinations where the system can; 0
+                reserves one now, for this socket alone.
+            freebind: no interface needs to hold *ip*.
+        """
+        ...
+
+    def keeps_to(self, ports: range) -> bool:
+        """Return whether connect(2) itself can be told, by `limit`, to choose from *ports* and nothing else."""
+        ...
+
+    def limit(self, sock: socket.socket, ports: range) -> None:
+        """Have connect(2), or a bind to port 0, choose the port of *sock* from *ports*."""
         ...
 
     def feed(self) -> Feed:

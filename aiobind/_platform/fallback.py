@@ -32,11 +32,18 @@ class Fallback:
         """Refuse."""
         self._refuse("pinning a connection to an interface")
 
-    def bind(self, sock: socket.socket, ip: IPAddress, *, freebind: bool) -> None:
+    def bind(self, sock: socket.socket, ip: IPAddress, port: int | None, *, freebind: bool = False) -> None:
         """Bind *ip*; the port is reserved at once, for want of IP_BIND_ADDRESS_NO_PORT."""
         if freebind:
             self._refuse("a net! source")
-        sock.bind(sockaddr(ip))
+        sock.bind(sockaddr(ip, port or 0))
+
+    def keeps_to(self, ports: range) -> bool:
+        """Return False: no option here keeps connect(2) to a range."""
+        return False
+
+    def limit(self, sock: socket.socket, ports: range) -> None:
+        """Do nothing, as `keeps_to` says."""
 
     def feed(self) -> Feed:
         """Refuse."""
