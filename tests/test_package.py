@@ -108,10 +108,12 @@ use_source(source)
 BoundTCPConnector(*sources, policy=None, limit_per_source=0, happy_eyeballs_delay=0.25, interleave=None, \
 local_ports=None, socket_options=(), dns='system', strict=True, borrow=False, direct=(), fast_connect=False, \
 use_dns_cache=True, ttl_dns_cache=10, resolver=None, **keywords)
+BoundTCPConnector.clear_dns_cache(host=None, port=None)
 BoundTCPConnector.close(**keywords)
 async BoundTCPConnector.connect(req, traces, timeout)
 BoundTCPConnector.limit_per_source
 BoundTCPConnector.stats()
+BoundTCPConnector.use_dns_cache
 BoundTCPConnector.use_source(source)
 """,
     "aiobind.lab": """

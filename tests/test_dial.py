@@ -1,0 +1,305 @@
+"""What the options of a connection do, with real sockets, judged from the far side of the NICs."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import aiobind
+from aiobind.lab import Namespace
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from aiobind.lab import Lab, Witness
+
+pytestmark = pytest.mark.anyio
+
+V4, V6 = "203.0.113.80", "2001:db8:ffff::80"
+
+
+@pytest.fixture
+def namespace(make_lab: Callable[[int], Lab]) -> Iterator[Namespace]:
+    """A host with nothing but a loopback interface, and 20 ephemeral ports."""
+    lab = make_lab(0)
+    lab.near.sysctl("ipv4.ip_local_port_range", "50000 50019")
+    yield lab.near
+
+
+@pytest.fixture
+def far(lab: Lab) -> Iterator[list[socket.socket]]:
+    """Listen on port 80 of every far address; the kernel answers, and nobody needs to accept."""
+    with lab.far:
+        listening = [
+            socket.create_server(("", 80), family=family, backlog=2048) for family in (socket.AF_INET, socket.AF_INET6)
+        ]
+    yield listening
+    for sock in listening:
+        sock.close()
+
+
+def connections(witness: Witness) -> set[tuple[str, str, int]]:
+    """Return NIC, source address and source port of each SYN."""
+    return {(packet.nic, packet.source, packet.sport) for packet in witness.packets() if packet.syn}
+
+
+# ── no connection takes the 4-tuple of another ──
+
+PINNED, UNPINNED = "if!n1", "198.18.1.2"
+
+
+@pytest.mark.parametrize("order", [(PINNED, UNPINNED), (UNPINNED, PINNED), (PINNED, PINNED), (UNPINNED, UNPINNED)])
+async def test_no_connection_takes_the_4_tuple_of_another(
+    lab: Lab, far: list[socket.socket], order: tuple[str, str]
+) -> None:
+    """The kernel alone gives some of the second three hundred the very 4-tuple of one of the first."""
+    lab.near.sysctl("ipv4.ip_local_port_range", "10000 10999")
+    lab.far.sysctl("core.somaxconn", 4096)
+    async with aiobind.Connector(*dict.fromkeys(order)) as connector:
+        held = [await connector.connect(V4, 80, source=source) for source in order for _ in range(300)]
+        try:
+            assert len({sock.getsockname() for sock in held}) == 600
+            await asyncio.sleep(0.05)
+            for sock in held:
+                assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
+                assert sock.send(b"x") == 1  # one whose 4-tuple was taken has been reset
+        finally:
+            for sock in held:
+                sock.close()
+
+
+async def test_attempts_of_both_kinds_at_once(lab: Lab, far: list[socket.socket]) -> None:
+    """Also while the connects are under way, whose ports nobody knows yet."""
+    lab.near.sysctl("ipv4.ip_local_port_range", "10000 10299")
+    async with aiobind.Connector(PINNED, UNPINNED) as connector:
+        held = await asyncio.gather(*(connector.connect(V4, 80, source=(PINNED, UNPINNED)[n % 2]) for n in range(200)))
+        try:
+            assert len({sock.getsockname() for sock in held}) == 200
+        finally:
+            for sock in held:
+                sock.close()
+
+
+async def test_one_kind_alone_shares_its_ports_among_destinations(lab: Lab, far: list[socket.socket]) -> None:
+    lab.near.sysctl("ipv4.ip_local_port_range", "10000 10009")
+    lab.add_target("203.0.113.81")
+    async with aiobind.Connector("if!n1") as connector:
+        held = [await connector.connect(host, 80) for host in (V4, "203.0.113.81") for _ in range(10)]
+        assert len({sock.getsockname() for sock in held}) == 10
+        # The other kind has ports of its own, and none of these ten is left to it.
+        with pytest.raises(aiobind.BindError, match="port is left") as caught:
+            await connector.connect(V4, 80, source=UNPINNED)
+        assert caught.value.errno == errno.EADDRINUSE
+        for sock in held:
+            sock.close()
+
+
+# ── local_ports ──
+
+
+@pytest.mark.parametrize(
+    ("ports", "reserved"),
+    [
+        (range(50005, 50010), ""),  # within the automatic range: connect(2) chooses
+        (range(50005, 50010), "50000-50006,50012"),  # what is reserved connect(2) never takes
+        (range(40000, 40005), ""),  # outside
+        (range(50017, 50022), ""),  # partly outside
+    ],
+)
+async def test_the_callers_ports_and_no_other(namespace: Namespace, ports: range, reserved: str) -> None:
+    """Each port serves each destination once, whoever chooses it."""
+    namespace.sysctl("ipv4.ip_local_reserved_ports", reserved)
+    with socket.create_server(("127.1.0.1", 80)), socket.create_server(("127.1.0.2", 80)):
+        async with aiobind.Connector("if!lo", "127.0.0.1", local_ports=ports) as connector:
+            for source in ("if!lo", "127.0.0.1"):
+                held = [
+                    await connector.connect(host, 80, source=source)
+                    for host in ("127.1.0.1", "127.1.0.2")
+                    for _ in range(5)
+                ]
+                assert sorted(sock.getsockname()[1] for sock in held) == sorted([*ports, *ports])
+                words = f"no source address or port from {ports[0]} to {ports[-1]} is left"
+                with pytest.raises(aiobind.BindError, match=words) as caught:
+                    await connector.connect("127.1.0.1", 80, source=source)
+                assert caught.value.errno == errno.EADDRNOTAVAIL
+                for sock in held:
+                    # Without TIME_WAIT, whose ports the next source would not get.
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+                    sock.close()
+
+
+async def test_ports_that_nobody_elses_connection_can_take(lab: Lab, far: list[socket.socket]) -> None:
+    """Another process connects from our address without our device: the kernel's choice would take our 4-tuples."""
+    lab.near.sysctl("ipv4.ip_local_port_range", "10000 10099")
+    strangers: list[socket.socket] = []
+    async with aiobind.Connector("if!n1", local_ports=range(20000, 20050)) as connector:
+        held = [await connector.connect(V4, 80) for _ in range(50)]
+        for _ in range(100):
+            stranger = socket.socket()
+            stranger.setsockopt(socket.SOL_IP, 24, 1)  # IP_BIND_ADDRESS_NO_PORT
+            stranger.bind(("198.18.1.2", 0))
+            stranger.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                stranger.connect((V4, 80))
+            strangers.append(stranger)
+        ours = {sock.getsockname() for sock in held}
+        assert {port for _, port in ours} == set(range(20000, 20050))
+        assert ours.isdisjoint(sock.getsockname() for sock in strangers)
+        assert all(sock.send(b"x") == 1 for sock in held)
+        for sock in (*held, *strangers):
+            sock.close()
+
+
+async def test_a_range_that_has_moved_meanwhile(namespace: Namespace) -> None:
+    """The kernel ignores a range that lies outside the automatic one: nothing is sent by a wrong port."""
+    with socket.create_server(("127.1.0.1", 80)):
+        async with aiobind.Connector("127.0.0.1", local_ports=range(50000, 50010)) as connector:
+            (await connector.connect("127.1.0.1", 80)).close()
+            namespace.sysctl("ipv4.ip_local_port_range", "40000 40010")
+            with pytest.raises(aiobind.BindError, match="which is no port from 50000 to 50009; nothing was sent"):
+                await connector.connect("127.1.0.1", 80)
+            with await connector.connect("127.1.0.1", 80) as sock:
+                assert sock.getsockname()[1] in range(50000, 50010)
+
+
+async def test_a_port_below_1024_takes_a_privilege(lab: Lab, no_capabilities: None) -> None:
+    with pytest.raises(aiobind.BindError, match=r"ip_unprivileged_port_start takes CAP_NET_BIND_SERVICE") as caught:
+        await aiobind.connect(V4, 80, source="if!n1", local_ports=range(700, 800))
+    assert caught.value.errno == errno.EACCES
+
+
+async def test_a_port_is_found_where_others_have_reserved_all_at_another_address(namespace: Namespace) -> None:
+    """connect(2) finds none then, at any address; bind(2) does."""
+    others = []
+    for _ in range(20):
+        sock = socket.socket()
+        sock.bind(("127.0.0.9", 0))
+        others.append(sock)
+    with socket.create_server(("127.1.0.1", 80)), await aiobind.connect("127.1.0.1", 80, source="127.0.0.2") as sock:
+        assert sock.getsockname()[1] in range(50000, 50020)
+    for sock in others:
+        sock.close()
+
+
+# ── borrow ──
+
+
+async def test_a_borrowed_address(lab: Lab, far: list[socket.socket], witness: Witness) -> None:
+    """As on an unnumbered link: the address belongs to another interface, and the packets leave by the one named."""
+    lab.near.ip("addr flush dev n1", "route add default dev n1 metric 5")
+    lab.far.ip("route add 198.18.0.2 dev f1", "neigh add 198.18.0.2 lladdr 02:00:00:00:00:01 dev f1")
+    lab.near.ip("link set n1 address 02:00:00:00:00:01")
+    lab.far.sysctl("ipv4.conf.f1.proxy_arp", 1)
+    with pytest.raises(aiobind.BindError, match="n1 has no IPv4 address"):
+        await aiobind.connect(V4, 80, source="if!n1")
+    assert not connections(witness)
+    for source in ("if!n1", "ifhost!n1!198.18.0.2"):
+        with await aiobind.connect(V4, 80, source=source, borrow=True) as sock:
+            assert aiobind.bound_source(sock)[1:3] == ("n1", "198.18.0.2")
+        ((nic, address, _),) = connections(witness)
+        assert (nic, address) == ("n1", "198.18.0.2")
+
+
+@pytest.mark.parametrize(
+    ("change", "source", "host", "number"),
+    [
+        ("", "ifhost!n1!192.0.2.7", V4, errno.EADDRNOTAVAIL),  # nobody's
+        ("link set n1 down", "if!n1", V4, errno.ENETUNREACH),
+        ("link del n1", "if!n1", V4, errno.ENODEV),
+        ("", "if!n1", "127.0.0.1", errno.ENETUNREACH),
+        ("", "if!lo", V4, errno.ENETUNREACH),
+    ],
+)
+async def test_what_may_not_be_borrowed(
+    lab: Lab, witness: Witness, change: str, source: str, host: str, number: int
+) -> None:
+    if change:
+        lab.near.ip(change)
+    with pytest.raises(aiobind.BindError) as caught:
+        await aiobind.connect(host, 80, source=source, borrow=True)
+    assert caught.value.errno == number
+    assert not witness.packets()
+
+
+# ── direct ──
+
+
+@pytest.mark.parametrize(
+    ("direct", "host"),
+    [
+        (["203.0.113.0/24"], V4),
+        ([V4], V4),
+        (["FAR.test."], "far.test"),
+        (["2001:db8::/32", "203.0.113.0/24"], "far.test"),  # by its address
+    ],
+)
+async def test_an_exempt_destination(
+    lab: Lab,
+    far: list[socket.socket],
+    witness: Witness,
+    resolv_conf: Callable[..., None],
+    direct: list[str],
+    host: str,
+) -> None:
+    resolv_conf("", hosts=f"{V4} far.test\n")
+    for source in ("if!n1", "if!n9", "192.0.2.99"):  # whatever would become of the source
+        with await aiobind.connect(host, 80, source=source, direct=direct) as sock:
+            assert aiobind.bound_source(sock)[:3] == (aiobind.parse_source(source), None, "198.18.0.2")
+    assert {(nic, address) for nic, address, _ in connections(witness)} == {("n0", "198.18.0.2")}
+
+
+async def test_only_what_was_named_is_exempt(
+    lab: Lab, far: list[socket.socket], witness: Witness, resolv_conf: Callable[..., None]
+) -> None:
+    resolv_conf("", hosts=f"{V4} far.test below.far.test\n")
+    async with aiobind.Connector("if!n1", direct=["far.test", "127.0.0.0/8", "203.0.113.81"]) as connector:
+        for host in (V4, "below.far.test"):
+            with await connector.connect(host, 80) as sock:
+                assert aiobind.bound_source(sock)[1:3] == ("n1", "198.18.1.2")
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            with await connector.connect("127.0.0.1", server.getsockname()[1]) as sock:
+                assert aiobind.bound_source(sock)[1:3] == (None, "127.0.0.1")
+    assert {nic for nic, _, _ in connections(witness)} == {"n1"}
+
+
+async def test_one_address_of_a_name_is_exempt(lab: Lab, witness: Witness, resolv_conf: Callable[..., None]) -> None:
+    resolv_conf("", hosts=f"{V6} both.test\n{V4} both.test\n")
+    with lab.far:
+        server = socket.create_server((V4, 80))
+    with server, await aiobind.connect("both.test", 80, source="if!n9", direct=[V4]) as sock:
+        assert aiobind.bound_source(sock)[1:3] == (None, "198.18.0.2")
+    assert {nic for nic, _, _ in connections(witness)} == {"n0"}
+
+
+# ── the moment before the SYN ──
+
+
+async def test_what_changes_between_the_decision_and_the_connect(
+    lab: Lab, witness: Witness, resolv_conf: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two addresses the second is tried later than the decision was made: the address has moved by then."""
+    lab.near.ip("neigh add 198.18.1.99 lladdr 02:00:00:00:00:99 dev n1")
+    resolv_conf("", hosts=f"198.18.1.99 two.test\n{V4} two.test\n")
+    async with aiobind.Connector("if!n1", happy_eyeballs_delay=0.1) as connector:
+        attempt = asyncio.create_task(connector.connect("two.test", 80))
+        await asyncio.sleep(0.03)
+        lab.near.ip("addr del 198.18.1.2/24 dev n1", "addr add 198.18.1.2/24 dev n2")
+        with pytest.raises(aiobind.BindError) as caught:
+            await asyncio.wait_for(attempt, 10)
+    assert caught.value.errno == errno.EADDRNOTAVAIL
+    assert not [packet for packet in witness.packets() if packet.destination == V4]
+
+
+def test_every_option_is_one_of_both_connectors() -> None:
+    import inspect
+
+    from aiobind.aiohttp import BoundTCPConnector
+
+    ours: Any = inspect.signature(aiobind.Connector).parameters
+    theirs: Any = inspect.signature(BoundTCPConnector).parameters
+    assert set(ours) <= set(theirs)
+    assert all(ours[name].default == theirs[name].default for name in set(ours) - {"ttl_dns_cache"})
