@@ -17,9 +17,9 @@ The whole in one page. Each row imports only rows below it::
 
 One connect: the destination becomes targets (``_dial.targets``); the policy orders the sources (``_dial.route``); for
 the first of them each target gets a binding or a refusal (``_plan``, by the rules of ``_binding``); what is left is
-raced (``_race``), each attempt being: open, pin, bind, connect (``_sockets``); it is held against the promise right
-before the connect and right after it, and the connection is counted until it ends. When the source fails for a reason of its own,
-nothing has been sent yet, and the next one is tried.
+raced (``_race``), each attempt being: open, pin, bind, connect (``_sockets``). It is held against the promise right
+before the connect and right after it, and the connection is counted until it ends. When the source fails for a reason
+of its own, nothing has been sent yet, and the next one is tried.
 
 Sources::
 

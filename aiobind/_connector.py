@@ -63,16 +63,34 @@ class Connector:
         policy: chooses the source of each connection; default ``RoundRobin()``. An instance serves one connector.
         happy_eyeballs_delay: RFC 8305's Connection Attempt Delay, in seconds: how long an attempt may take before the
             next address is tried beside it. None tries one address after the other.
+        local_ports: the local ports to connect from, as in ``range(40000, 40100)``; default: the automatic range
+            (net.ipv4.ip_local_port_range). Within that the kernel chooses (IP_LOCAL_PORT_RANGE, Linux 6.3); outside, or
+            where some are in net.ipv4.ip_local_reserved_ports, each connection is given one, shared among destinations,
+            and up to 1,000 are tried. On such ports no other process's connection can take the 4-tuple of ours.
         socket_options: ``(level, option, value)`` to set on each socket before it is bound and connected.
+        dns: who is asked for names: ``"system"``, the operating system's resolver, which goes its own way, outside the
+            pin; ``"source"``, the servers of ``/etc/resolv.conf``, from the source of the connection; or the addresses
+            of servers, as in ``("192.0.2.53",)``, likewise. The last two need the extra ``aiobind[dns]``, and heed
+            ``/etc/hosts`` and the search list. A name in ``ifhost!`` is asked for through its interface; that of
+            ``host!``, which has none, by whatever way the routing table names.
+        strict: False: where the pin to an interface is not permitted (EPERM: Linux before 5.7 without CAP_NET_RAW, a
+            sandbox), bind one of the interface's addresses alone, as curl does. Egress is not promised then: it is
+            logged once as a warning, and ``bound_source(...).interface`` is None.
+        borrow: the source address may belong to another interface of this host (unnumbered links, WireGuard, PPP, an
+            address on ``lo``), where the pinned one has none that serves; ``ifhost!`` takes any. The pin stays.
+        direct: hosts and networks that are exempt from every source, as in ``("localhost", "127.0.0.0/8")``: they are
+            connected to as if there was no aiobind, and ``bound_source(...).interface`` is None. A host is exempt under
+            that very name, a network by address. DNS servers never are.
+        fast_connect: reserved; only the default is available yet.
         ttl_dns_cache: how long the addresses of a name (of a destination or of a ``host!`` source) are kept, in
-            seconds. 0 asks each time, None keeps them for as long as the loop lives.
-        local_ports, dns, strict, borrow, direct, fast_connect: reserved; only the defaults are available yet. Names
-            are looked up by the operating system, outside the pin, and a pin that cannot be applied is an error.
+            seconds. 0 asks each time, None keeps them for as long as the loop lives. With ``dns`` not for longer than
+            the answer itself says.
 
     Raises:
         InvalidSource: a text names no source.
-        TypeError: no source was named, or something else than texts and sources.
-        ValueError: a source was named twice.
+        TypeError: no source was named, or something else than texts and sources; or an option of a wrong type.
+        ValueError: a source was named twice; or an option that makes no sense.
+        ImportError: *dns* needs ``aiobind[dns]``.
         NotImplementedError: an option was used that is not available yet.
 
     There is no timeout: use ``asyncio.timeout``. A connector belongs to the event loop of its first use.

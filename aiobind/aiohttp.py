@@ -188,8 +188,10 @@ class BoundTCPConnector(aiohttp.TCPConnector):
 
     Raises:
         InvalidSource: a text names no source.
-        TypeError: no source was named; or ``local_addr`` or ``socket_factory``, whose place the source takes.
-        ValueError: a source was named twice; or ``dns`` and ``resolver`` together.
+        TypeError: no source was named; or ``local_addr`` or ``socket_factory``, whose place the source takes; or an
+            option of a wrong type.
+        ValueError: a source was named twice; or ``dns`` and ``resolver`` together; or an option that makes no sense.
+        ImportError: *dns* needs ``aiobind[dns]``.
         NotImplementedError: an option was used that is not available yet.
 
     Errors of a request are aiohttp's own: a ``ClientConnectorError`` with the ``BindError``, ``ConnectError`` or

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import aiobind
-from aiobind.lab import Namespace
+from aiobind._platform import platform
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from aiobind.lab import Lab, Witness
+    from aiobind.lab import Lab, Namespace, Witness
 
 pytestmark = pytest.mark.anyio
 
@@ -23,11 +23,11 @@ V4, V6 = "203.0.113.80", "2001:db8:ffff::80"
 
 
 @pytest.fixture
-def namespace(make_lab: Callable[[int], Lab]) -> Iterator[Namespace]:
+def namespace(make_lab: Callable[[int], Lab]) -> Namespace:
     """A host with nothing but a loopback interface, and 20 ephemeral ports."""
     lab = make_lab(0)
     lab.near.sysctl("ipv4.ip_local_port_range", "50000 50019")
-    yield lab.near
+    return lab.near
 
 
 @pytest.fixture
@@ -82,6 +82,21 @@ async def test_attempts_of_both_kinds_at_once(lab: Lab, far: list[socket.socket]
         finally:
             for sock in held:
                 sock.close()
+
+
+async def test_the_sockets_of_a_factory_count_as_well(lab: Lab, far: list[socket.socket]) -> None:
+    lab.near.sysctl("ipv4.ip_local_port_range", "10000 10099")
+    make = aiobind.socket_factory(PINNED)
+    loop = asyncio.get_running_loop()
+    held: list[socket.socket] = []
+    for _ in range(50):
+        held.append(make((socket.AF_INET, socket.SOCK_STREAM, 0, "", (V4, 80))))
+        await loop.sock_connect(held[-1], (V4, 80))
+    async with aiobind.Connector(UNPINNED) as connector:
+        held += [await connector.connect(V4, 80) for _ in range(50)]
+    assert len({sock.getsockname() for sock in held}) == 100
+    for sock in held:
+        sock.close()
 
 
 async def test_one_kind_alone_shares_its_ports_among_destinations(lab: Lab, far: list[socket.socket]) -> None:
@@ -260,9 +275,11 @@ async def test_only_what_was_named_is_exempt(
         for host in (V4, "below.far.test"):
             with await connector.connect(host, 80) as sock:
                 assert aiobind.bound_source(sock)[1:3] == ("n1", "198.18.1.2")
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            with await connector.connect("127.0.0.1", server.getsockname()[1]) as sock:
-                assert aiobind.bound_source(sock)[1:3] == (None, "127.0.0.1")
+        with (
+            socket.create_server(("127.0.0.1", 80)),
+            await connector.connect("127.0.0.1", 80) as sock,
+        ):
+            assert aiobind.bound_source(sock)[1:3] == (None, "127.0.0.1")
     assert {nic for nic, _, _ in connections(witness)} == {"n1"}
 
 
@@ -292,6 +309,28 @@ async def test_what_changes_between_the_decision_and_the_connect(
             await asyncio.wait_for(attempt, 10)
     assert caught.value.errno == errno.EADDRNOTAVAIL
     assert not [packet for packet in witness.packets() if packet.destination == V4]
+
+
+@pytest.mark.parametrize("source", ["127.0.0.2", "if!lo"])
+async def test_a_local_address_that_is_not_the_promised_one(
+    namespace: Namespace, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    """Should the system ever bind another address than it was told to, no byte is sent from it."""
+    bind = platform.bind
+
+    def elsewhere(sock: socket.socket, ip: Any, port: int | None, **keywords: Any) -> None:
+        bind(sock, ip + 7, port, **keywords)
+
+    with socket.create_server(("127.1.0.1", 80)) as server:
+        monkeypatch.setattr(platform, "bind", elsewhere)
+        with pytest.raises(aiobind.BindError, match=r"the system connected from 127\.0\.0\.[89] instead of") as caught:
+            await aiobind.connect("127.1.0.1", 80, source=source)
+        assert caught.value.errno == errno.EADDRNOTAVAIL
+        server.setblocking(False)
+        accepted, _ = server.accept()
+        with accepted:
+            accepted.setblocking(False)
+            assert accepted.recv(1) == b""  # closed, and nothing was sent
 
 
 def test_every_option_is_one_of_both_connectors() -> None:
