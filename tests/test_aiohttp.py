@@ -1398,16 +1398,29 @@ async def test_every_keyword_of_aiohttps_connector_is_taken() -> None:
             await theirs.close()
 
 
+async def test_the_options_reach_the_connections(server: Server, resolv_conf: Callable[..., None]) -> None:
+    resolv_conf("")
+    keywords: dict[str, Any] = {"local_ports": range(21000, 21050), "direct": ["localhost"], "borrow": True}
+    async with aiohttp.ClientSession(connector=BoundTCPConnector("192.0.2.99", **keywords)) as session:
+        async with session.get(server.url(host="localhost")) as response:
+            bound = aiobind.bound_source(response)
+        assert (str(bound.source), bound.interface, bound.address) == ("192.0.2.99", None, HERE)
+        with aiobind.use_source("ifhost!lo!127.0.0.2"):
+            async with session.get(server.url()) as response:
+                assert aiobind.bound_source(response)[1:3] == ("lo", "127.0.0.2")
+        with pytest.raises(aiohttp.ClientConnectorError, match=r"192\.0\.2\.99 is not usable"):
+            await session.get(server.url())
+    assert all(port in range(21000, 21050) for _, port in server.peers)
+
+
 REFUSED = {
     "local_addr": ({"local_addr": (A, 0)}, TypeError, "local_addr is not taken here: the source names"),
     "local_addr of None": ({"local_addr": None}, TypeError, "local_addr"),
     "socket_factory": ({"socket_factory": socket.socket}, TypeError, "socket_factory is not taken here: the source"),
     "dns and resolver": ({"dns": "source", "resolver": Names()}, ValueError, "dns= and resolver="),
-    "local_ports": ({"local_ports": range(5000, 6000)}, NotImplementedError, "local_ports"),
-    "dns": ({"dns": "source"}, NotImplementedError, "dns='source'"),
-    "strict": ({"strict": False}, NotImplementedError, "strict=False"),
-    "borrow": ({"borrow": True}, NotImplementedError, "borrow=True"),
-    "direct": ({"direct": ["localhost"]}, NotImplementedError, "direct"),
+    "local_ports": ({"local_ports": range(5000, 5000)}, ValueError, "local_ports is a range of ports"),
+    "dns": ({"dns": "192.0.2.53"}, ValueError, 'dns is "system", "source" or a sequence'),
+    "direct": ({"direct": "localhost"}, TypeError, "direct is a sequence"),
     "fast_connect": ({"fast_connect": True}, NotImplementedError, "fast_connect"),
     "unknown": ({"colour": "red"}, TypeError, "colour"),
     "force_close": ({"force_close": True, "keepalive_timeout": 3}, ValueError, "force_close"),

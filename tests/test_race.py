@@ -396,9 +396,10 @@ async def test_connecting_for_real(full: socket.socket, delay: float) -> None:
 
         async def attempt(listener: socket.socket) -> socket.socket:
             host, port = listener.getsockname()
-            sock = open_bound(Binding(), V4)
+            target = Target.of(ip_address(host), port)
+            sock = open_bound(Binding(), target)
             try:
-                await connect(loop, sock, Target.of(ip_address(host), port))
+                await connect(loop, sock, target)
             except BaseException:
                 sock.close()
                 raise
