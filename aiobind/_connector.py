@@ -27,7 +27,7 @@ __all__ = ["Connector", "connect"]
 _ProtocolT = TypeVar("_ProtocolT", bound=asyncio.BaseProtocol)
 
 
-def dialer(
+def make_dialer(
     sources: Sequence[str | Source],
     *,
     dns: str | Sequence[str],
@@ -110,7 +110,7 @@ class Connector:
         fast_connect: bool = False,
         ttl_dns_cache: float | None = 10.0,
     ) -> None:
-        self._dialer = dialer(
+        self._dialer = make_dialer(
             sources,
             policy=policy,
             local_ports=local_ports,

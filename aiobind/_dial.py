@@ -44,6 +44,9 @@ __all__ = ["Dialer", "Origin", "Reach", "SourceStats"]
 #: How a look-up gets a socket to ask with: `Dialer.reach`.
 Reach: TypeAlias = "Callable[[Source | None, Target, int], Awaitable[BoundSocket]]"
 
+#: The levels of options that sockets of every kind have.
+_ANY_KIND = (socket.SOL_SOCKET, socket.IPPROTO_IP, socket.IPPROTO_IPV6)
+
 #: Local ports that one turn of the loop tries at most: 1 ms.
 _TRIES_PER_TURN = 50
 
@@ -212,13 +215,14 @@ class Dialer:
             flags: ``AI_*`` flags of getaddrinfo(3).
 
         Raises:
-            ResolveError: the name has no address; with a ``source`` when it is the source that could not ask.
+            ResolveError: the name has no address; with a ``source`` when it is the source that could not ask, or whose
+                own name could not be resolved.
             BindError: the source can reach no name server.
         """
         lookup = self._system if self._direct is not None and self._direct.names(host) else self._lookup
         try:
             return await lookup.find(host, via=origin.source, family=family, flags=flags)
-        except BindError as error:
+        except (BindError, ResolveError) as error:  # it is the source that failed
             raise _with_context(error, origin.source, destination_of(host, port)) from error.__cause__
         except socket.gaierror as error:
             text = f"the destination's name cannot be resolved: {error.strerror}"
@@ -347,7 +351,9 @@ class Dialer:
     ) -> BoundSocket:
         """Return a connected socket; where the system finds no free port for one, try the next way to get one."""
         stream = kind == socket.SOCK_STREAM
-        options, ports = (self._options, self._ports) if stream else ((), ANY_PORT)
+        # A mark may choose the route, so that a query is to have it too.
+        options = self._options if stream else [option for option in self._options if option[0] in _ANY_KIND]
+        ports = self._ports if stream else ANY_PORT
         failure: OSError | None = None
         for turn, port in enumerate(ports.ways()):
             if turn % _TRIES_PER_TURN == _TRIES_PER_TURN - 1:

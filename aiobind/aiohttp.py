@@ -26,7 +26,7 @@ from aiohttp.abc import AbstractResolver
 from aiohttp.client_proto import ResponseHandler
 
 from ._binding import Target
-from ._connector import dialer
+from ._connector import make_dialer
 from ._dial import Origin, SourceStats, destination_of
 from ._errors import AiobindError, ResolveError, is_sources_fault, merged
 from ._race import interleave
@@ -223,7 +223,7 @@ class BoundTCPConnector(aiohttp.TCPConnector):
         if dns != "system" and resolver is not None:
             raise ValueError("dns= and resolver= both say how names are looked up: give one")
         # First, so that a wrong source leaves no half-made connector behind.
-        self._dialer = dialer(
+        self._dialer = make_dialer(
             sources,
             policy=policy,
             local_ports=local_ports,
