@@ -1,7 +1,9 @@
-# make demo | test | lint | wheel | clean. Needs Python 3.11 or newer, and the network to install from PyPI once.
+# make demo | test | leaktest | fuzz | lint | wheel | clean. Needs Python 3.11 or newer, and PyPI to install from once.
 #
 #   make test PYTHON=python3.13               with another Python, in an environment of its own
 #   make test PYTEST_ARGS="-k egress -x"      whatever pytest takes
+#   make leaktest                             where packets leave, beside curl and aiohttp; FULL=1: the whole product
+#   make fuzz FUZZ_SECONDS=600                the grammar and the netlink parser
 #   make test-oldest                          the oldest Python with the oldest dependencies
 
 PYTHON ?= python3
@@ -9,6 +11,8 @@ PYTHON_OLDEST ?= python3.11
 VENV ?= .venv$(if $(filter-out python3,$(PYTHON)),-$(subst /,-,$(PYTHON)))
 CONSTRAINTS ?=
 PYTEST_ARGS ?=
+FUZZ_SECONDS ?= 60
+FULL ?=
 
 py = $(VENV)/bin/python
 install = $(py) -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
@@ -17,7 +21,7 @@ install = $(py) -m pip install --quiet --disable-pip-version-check $(if $(CONSTR
 export LOGNAME ?= $(shell id -un)
 
 .NOTPARALLEL:
-.PHONY: help demo test test-oldest lint format wheel clean
+.PHONY: help demo test test-oldest leaktest fuzz lint format wheel clean
 
 help:
 	@sed -n '1,/^$$/s/^#\{1,\} \{0,1\}//p' Makefile
@@ -30,6 +34,13 @@ test: $(VENV)/.with-test
 
 test-oldest:
 	@$(MAKE) --no-print-directory test PYTHON=$(PYTHON_OLDEST) VENV=$(VENV)-oldest CONSTRAINTS=tests/constraints-oldest.txt
+
+leaktest: $(VENV)/.with-test
+	$(py) tests/leaktable.py $(if $(FULL),--full)
+
+fuzz: $(VENV)/.with-test
+	$(py) tests/fuzz.py grammar --seconds $(FUZZ_SECONDS)
+	$(py) tests/fuzz.py netlink --seconds $(FUZZ_SECONDS)
 
 lint: $(VENV)/.with-lint
 	$(py) -m ruff format --check .

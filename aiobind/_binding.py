@@ -10,12 +10,12 @@ from __future__ import annotations
 import errno
 import socket
 from dataclasses import dataclass, field
-from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable
-    from ipaddress import IPv4Network, IPv6Network
+    from ipaddress import IPv4Network
 
 __all__ = ["Binding", "Exempt", "IPAddress", "Link", "LinkAddress", "Refusal", "Target", "bind_any", "bind_on_link"]
 
@@ -248,6 +248,9 @@ def _own_address(link: Link, target: Target) -> Binding | Refusal:
     return Binding(link.name, tuple(address.ip for address in ready), owner=link)
 
 
+_MAPPED: Final = IPv6Network("::ffff:0:0/96")  # `Target.of` takes the IPv4 address out of it
+
+
 class Exempt:
     """Destinations that no source is pinned for: names, addresses and networks.
 
@@ -267,14 +270,18 @@ class Exempt:
         for entry in entries:
             if not isinstance(entry, str):  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise TypeError(f"direct holds texts, not {type(entry).__name__}")
+            name = entry.rstrip(".").casefold()
             try:
-                self._networks.append(ip_network(entry))
+                network = ip_network(entry)
             except ValueError as error:
-                if not entry or not set(entry).isdisjoint("/*:%[] "):
-                    raise ValueError(
-                        f"direct: {entry!r} is neither a host, an address nor a network ({error})"
-                    ) from None
-                self._names.add(entry.rstrip(".").casefold())
+                # getaddrinfo reads a number at the end as an address: 127.1, 256.1.1.1
+                if not name or not set(name).isdisjoint("/*:%[] ") or name.rpartition(".")[2].isdecimal():
+                    raise ValueError(f"direct: {entry!r} is no host, no address and no network ({error})") from None
+                self._names.add(name)
+            else:
+                if "%" in entry or (network.version == 6 and network.subnet_of(_MAPPED)):
+                    raise ValueError(f"direct: {entry!r}: give a network without a zone, IPv4 as IPv4")
+                self._networks.append(network)
 
     def names(self, host: str) -> bool:
         """Return whether *host* is exempt by its name."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ._dial import Dialer
 from ._errors import AiobindError, is_sources_fault, merged
 from ._scope import scoped
+from ._sockets import handed_over
 
 if TYPE_CHECKING:
     import ssl as ssl_module
@@ -205,9 +206,10 @@ class Connector:
             sock.close()
             raise
         try:
-            transport, _ = await asyncio.get_running_loop().create_connection(
-                lambda: protocol, sock=sock, ssl=ssl, server_hostname=server_hostname, **options
-            )
+            with handed_over(sock):
+                transport, _ = await asyncio.get_running_loop().create_connection(
+                    lambda: protocol, sock=sock, ssl=ssl, server_hostname=server_hostname, **options
+                )
         except (TypeError, ValueError) as error:
             # Arguments that asyncio refuses, before a transport takes the socket; later it is the transport that closes
             # it. A certificate's failure is a ValueError too, and an OSError.

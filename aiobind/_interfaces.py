@@ -2,7 +2,8 @@
 
 The table is kept by the system's own news (`_platform.base.Feed`), read on the loop in small pieces that never block.
 The kernel queues the news before the call that makes the change returns, so that a table whose queue is empty is as
-fresh as a list told anew: that is one system call, 0.5 µs. Only of a carrier it tells late.
+fresh as a list told anew: that is one system call, 0.5 µs. It tells late of two things only: of a carrier, by a second,
+and of a new IPv6 address, by some milliseconds (addrconf's work queue).
 
 The table lives as long as somebody holds it: the connectors of the loop share it, and the last one takes it along,
 whether it was closed or merely forgotten.

@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import random
 import threading
+import time
 from collections import deque
 from typing import TYPE_CHECKING, Final, TypeAlias
 
@@ -100,12 +101,18 @@ _claims: dict[Claim, int] = {}
 _lock = threading.Lock()
 #: Claims that have ended. The collector ends some, in any thread and amid any statement, so that takes no lock.
 _ended: deque[Claim] = deque()
+#: Those of sockets that were closed with bytes left to send: the kernel sends them from the same 4-tuple.
+_lingering: deque[tuple[float, Claim]] = deque()
+#: For so many seconds: net.ipv4.tcp_orphan_retries is 8, and the last of them comes after a quarter of an hour at most.
+_LINGER = 1000.0
 
 
 def claim(address: str, target: Target, *, pinned: bool) -> tuple[Claim, bool]:
     """Enter a socket at *address* for *target*; return its claim, and whether it has to reserve its port."""
     mine: Claim = (address, target.host, target.port, pinned)
     with _lock:
+        while _lingering and _lingering[0][0] < time.monotonic() - _LINGER:
+            _ended.append(_lingering.popleft()[1])
         while _ended:
             key = _ended.popleft()
             if _claims[key] > 1:
@@ -116,9 +123,12 @@ def claim(address: str, target: Target, *, pinned: bool) -> tuple[Claim, bool]:
         return mine, (*mine[:3], not pinned) in _claims
 
 
-def release(mine: Claim) -> None:
-    """End a claim that `claim` has returned."""
-    _ended.append(mine)
+def release(mine: Claim, *, unsent: bool = False) -> None:
+    """End a claim that `claim` has returned; with *unsent* bytes it goes on for a while."""
+    if unsent:
+        _lingering.append((time.monotonic(), mine))
+    else:
+        _ended.append(mine)
 
 
 def _after_fork() -> None:

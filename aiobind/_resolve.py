@@ -18,7 +18,7 @@ from collections import OrderedDict, deque
 from contextlib import suppress
 from functools import partial
 from ipaddress import ip_address
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ._binding import IPAddress
     from ._sources import Source
 
-__all__ = ["Lookup", "Resolved", "SystemLookup", "literal", "resolve"]
+__all__ = ["Lookup", "Resolved", "SystemLookup", "in_thread", "literal", "resolve"]
 
 #: Look-ups that run at the same time in the whole process; further ones wait their turn.
 MAX_THREADS = 256
@@ -73,6 +73,7 @@ class Lookup(Protocol):
 
 Answer: TypeAlias = "tuple[Resolved, ...] | socket.gaierror"
 _Key: TypeAlias = tuple[str, int, int]
+_T = TypeVar("_T")
 
 
 class _Threads:
@@ -120,6 +121,32 @@ def _after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
+
+
+async def in_thread(function: Callable[[], _T]) -> _T:
+    """Return what *function* returns, called in a daemon thread; a caller that is cancelled leaves at once.
+
+    Raises:
+        RuntimeError: no thread can be started.
+        Exception: what *function* raises.
+    """
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[_T] = loop.create_future()
+
+    def deliver(settle: Callable[[], None]) -> None:
+        if not future.done():
+            settle()
+
+    def job() -> None:
+        try:
+            settle = partial(future.set_result, function())
+        except Exception as error:
+            settle = partial(future.set_exception, error)
+        with suppress(RuntimeError):  # the loop was closed meanwhile: nobody waits any more
+            loop.call_soon_threadsafe(deliver, settle)
+
+    _threads.run(job)
+    return await future
 
 
 _names: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Names] = weakref.WeakKeyDictionary()

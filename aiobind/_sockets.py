@@ -10,7 +10,7 @@ import errno
 import logging
 import os
 import socket
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -20,13 +20,22 @@ from ._ports import ANY_PORT, claim, release
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from ._binding import Binding, IPAddress, Target
     from ._ports import Claim, LocalPorts
     from ._sources import Source
 
-__all__ = ["BoundSocket", "BoundSource", "SocketOption", "bound_source", "connect", "finders", "open_bound"]
+__all__ = [
+    "BoundSocket",
+    "BoundSource",
+    "SocketOption",
+    "bound_source",
+    "connect",
+    "finders",
+    "handed_over",
+    "open_bound",
+]
 
 SocketOption: TypeAlias = "tuple[int, int, int | bytes]"
 
@@ -106,46 +115,67 @@ class BoundSocket(socket.socket):
 
     def claim(self, local: IPAddress, target: Target) -> bool:
         """Enter the source address and the target of this socket; return whether it must reserve its port."""
-        self._unclaim()
-        zone = local.scope_id if local.version == 6 else None
-        if zone is not None:  # to bind a link-local address is to pin the socket (ipv6(7), sin6_scope_id)
-            self.interface = zone
-        address = str(local).partition("%")[0]
-        self._claim, reserve = claim(address, target, pinned=self.interface is not None)
+        pinned = self.interface is not None or _zone(local) is not None
+        self._claim, reserve = claim(str(local).partition("%")[0], target, pinned=pinned)
         return reserve
-
-    def _unclaim(self) -> None:
-        ended, self._claim = self._claim, None
-        if ended is not None:
-            release(ended)
 
     def close(self) -> None:
         """Close the socket."""
-        descriptor = self.fileno()
+        descriptor, unsent = self.fileno(), self._unsent()
         try:
             super().close()
         finally:
             if self.fileno() < 0:  # not while a makefile() object keeps it open
-                self._end(descriptor)
+                self._end(descriptor, unsent=unsent)
 
     def detach(self) -> int:
         """Give the descriptor away; the connection counts as ended, for nobody can tell any more when it does."""
+        unsent = self._unsent()
         descriptor = super().detach()
-        self._end(descriptor)
+        self._end(descriptor, unsent=unsent)
         return descriptor
 
     def __del__(self) -> None:
-        self._end(self.fileno())
+        self._end(self.fileno(), unsent=self._unsent())
         super().__del__()  # type: ignore[misc]  # closes it, with the ResourceWarning of an unclosed socket
 
-    def _end(self, descriptor: int) -> None:
-        self._unclaim()
+    def _unsent(self) -> bool:
+        # Only what is pinned is in danger: see `_ports`.
+        return self._claim is not None and self._claim[3] and platform.unsent(self)
+
+    def _end(self, descriptor: int, *, unsent: bool = False) -> None:
+        ended, self._claim = self._claim, None
+        if ended is not None:
+            release(ended, unsent=unsent)
         on_end, self._on_end = self._on_end, None
         if on_end is not None:
             # The number may belong to another connection by now, opened by another thread.
             if _open.get(descriptor) is self.bound:
                 del _open[descriptor]
             on_end()
+
+
+@contextmanager
+def handed_over(sock: BoundSocket) -> Iterator[None]:
+    """Give *sock* to a transport in this context.
+
+    When the peer resets it before TLS has begun, uvloop (0.23) closes the descriptor before it has noted whose it is.
+    *sock* would close that number once more, when it may be another connection's: so it is made to forget it.
+    """
+    inode = os.fstat(sock.fileno()).st_ino
+    try:
+        yield
+    except BaseException:
+        if sock.fileno() >= 0 and not _has_inode(sock.fileno(), inode):
+            sock.detach()
+        raise
+
+
+def _has_inode(descriptor: int, inode: int) -> bool:
+    try:
+        return os.fstat(descriptor).st_ino == inode
+    except OSError:
+        return False
 
 
 def open_bound(
@@ -180,6 +210,7 @@ def open_bound(
         OSError: no socket could be made (EMFILE), or an option of the caller was refused.
     """
     sock = BoundSocket(target.family, kind | platform.socket_flags, proto)
+    local: tuple[IPAddress, ...] = ()
     try:
         if sock.gettimeout() != 0:
             sock.setblocking(False)
@@ -197,13 +228,22 @@ def open_bound(
             _pin(sock, binding.device, strict=strict)
         local = _candidates(sock, binding, target, options)
         if local:
-            _bind(sock, local, target, port, freebind=binding.freebind)
+            _bind(sock, local[0], target, port, freebind=binding.freebind)
         elif port is not None:
             platform.bind(sock, _ANY[target.family], port)
+    except BindError as error:
+        sock.close()
+        if error.errno != errno.EADDRNOTAVAIL or len(local) < 2:
+            raise
     except BaseException:
         sock.close()
         raise
-    return sock
+    else:
+        return sock
+    # A name may stand for addresses of several hosts: the next one may be ours. By another socket, for to try a
+    # link-local address has pinned this one.
+    rest = binding._replace(local=local[1:])
+    return open_bound(rest, target, kind=kind, proto=proto, options=options, strict=strict, ports=ports, port=port)
 
 
 _ANY: dict[int, IPAddress] = {socket.AF_INET: IPv4Address(0), socket.AF_INET6: IPv6Address(0)}
@@ -240,10 +280,15 @@ def _candidates(
         chosen = _kernels_choice(sock.interface, target, options)
         if chosen is not None and (chosen in local or not local):
             local = (chosen, *(ip for ip in local if ip != chosen))
-    if sock.interface is None and binding.device is not None:
+    if sock.interface is None and any(map(_needs_zone, local)):
         # Without the pin it is the zone that tells where a link-local address is.
-        return tuple(IPv6Address(f"{ip}%{binding.device}") if _needs_zone(ip) else ip for ip in local)
+        zone = binding.device or socket.if_indextoname(target.scope_id)
+        return tuple(IPv6Address(f"{ip}%{zone}") if _needs_zone(ip) else ip for ip in local)
     return local
+
+
+def _zone(ip: IPAddress) -> str | None:
+    return ip.scope_id if ip.version == 6 else None
 
 
 def _needs_zone(ip: IPAddress) -> bool:
@@ -266,21 +311,18 @@ def _kernels_choice(device: str | None, target: Target, options: Sequence[Socket
         return None
 
 
-def _bind(sock: BoundSocket, local: tuple[IPAddress, ...], target: Target, port: int | None, *, freebind: bool) -> None:
-    for ip in local:
-        reserve = sock.claim(ip, target)
-        try:
-            if port:
-                # Lets several destinations share the port, as connect(2) does with those that it chooses itself.
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, not reserve)
-            platform.bind(sock, ip, 0 if reserve and port is None else port, freebind=freebind)
-        except OSError as error:
-            # A name may stand for addresses of several hosts: the next one may be ours.
-            if error.errno == errno.EADDRNOTAVAIL and ip != local[-1]:
-                continue
-            raise _refused(error, _BIND_ADVICE, ip) from error.with_traceback(None)
-        sock.local = ip
-        return
+def _bind(sock: BoundSocket, ip: IPAddress, target: Target, port: int | None, *, freebind: bool) -> None:
+    reserve = sock.claim(ip, target)
+    try:
+        if port and not reserve:
+            # Lets several destinations share the port, as connect(2) does with those that it chooses itself.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        platform.bind(sock, ip, 0 if reserve and port is None else port, freebind=freebind)
+    except OSError as error:
+        raise _refused(error, _BIND_ADVICE, ip) from error.with_traceback(None)
+    sock.local = ip
+    # To bind a link-local address is to pin the socket (ipv6(7), sin6_scope_id).
+    sock.interface = sock.interface or _zone(ip)
 
 
 _PIN_ADVICE = {

@@ -32,7 +32,7 @@ from ._errors import AiobindError, ResolveError, is_sources_fault, merged
 from ._race import interleave
 from ._resolve import literal, resolve
 from ._scope import scoped
-from ._sockets import BoundSource, finders
+from ._sockets import BoundSource, finders, handed_over
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterable, Iterator, Sequence
@@ -403,9 +403,15 @@ class BoundTCPConnector(aiohttp.TCPConnector):
                         dial.sock = await self._dialer.dial(
                             dial.origin, req.url.raw_host or "", targets, delay=self._delay, begun=begun
                         )
-                        return await self._wrap_existing_connection(
-                            *args, sock=dial.sock, req=req, timeout=_NO_TIMEOUT, client_error=client_error, **keywords
-                        )
+                        with handed_over(dial.sock):
+                            return await self._wrap_existing_connection(
+                                *args,
+                                sock=dial.sock,
+                                req=req,
+                                timeout=_NO_TIMEOUT,
+                                client_error=client_error,
+                                **keywords,
+                            )
                 except (aiohttp.ClientConnectorError, TimeoutError) as error:
                     # As aiohttp does, on with the others: TLS failed at the one that was reached, or none was in time.
                     failure = error

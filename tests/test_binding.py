@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import socket
 from ipaddress import ip_address
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aiobind._binding import Binding, Link, LinkAddress, Refusal, Target, bind_any, bind_on_link, listed
+from aiobind._binding import Binding, Exempt, Link, LinkAddress, Refusal, Target, bind_any, bind_on_link, listed
 from aiobind._interfaces import Interfaces
 from aiobind._platform import platform
 
@@ -140,37 +141,43 @@ def test_device_and_freebind_are_passed_on() -> None:
 
 # --- a source that is an interface --------------------------------------------------------------------------
 
-KERNEL_PICKS: list[str] = []
-
 PICKS = {
-    "its address": (a_link("192.0.2.7"), "198.51.100.1", KERNEL_PICKS),
-    "its IPv6 address": (a_link("192.0.2.7", "fe80::7", "2001:db8::7"), "2001:db8:9::1", KERNEL_PICKS),
-    "one good among lesser": (a_link("192.0.2.7 deprecated", "192.0.2.8"), "198.51.100.1", KERNEL_PICKS),
-    "one ready among tentative": (a_link("2001:db8::7 tentative", "2001:db8::8"), "2001:db8:9::1", KERNEL_PICKS),
-    "link-local to link-local": (a_link("fe80::7"), "fe80::1", KERNEL_PICKS),
-    "link-local, its own zone": (a_link("fe80::7"), ("fe80::1", 7), KERNEL_PICKS),
+    "its address": (a_link("192.0.2.7"), "198.51.100.1", ["192.0.2.7"]),
+    "its addresses": (a_link("192.0.2.8", "192.0.2.7"), "198.51.100.1", ["192.0.2.8", "192.0.2.7"]),
+    "its IPv6 address": (a_link("192.0.2.7", "fe80::7", "2001:db8::7"), "2001:db8:9::1", ["2001:db8::7"]),
+    "one ready among tentative": (a_link("2001:db8::7 tentative", "2001:db8::8"), "2001:db8:9::1", ["2001:db8::8"]),
+    "link-local to link-local": (a_link("fe80::7", "2001:db8::7"), "fe80::1", ["fe80::7"]),
+    "link-local, its own zone": (a_link("fe80::7"), ("fe80::1", 7), ["fe80::7"]),
     # every link has its own fe80::1, often the router
-    "link-local, an own address elsewhere": (a_link("fe80::7"), ("fe80::9", 7), KERNEL_PICKS),
-    "IPv4 link-local target": (a_link("192.0.2.7"), "169.254.1.1", KERNEL_PICKS),
-    "IPv4 link-local source": (a_link("169.254.7.7"), "169.254.1.1", KERNEL_PICKS),
-    "own address of the interface": (a_link("192.0.2.7"), "192.0.2.7", KERNEL_PICKS),
-    "loopback": (lo(), "127.0.0.1", KERNEL_PICKS),
-    "loopback, another of the net": (lo(), "127.9.9.9", KERNEL_PICKS),
-    "loopback of IPv6": (lo(), "::1", KERNEL_PICKS),
-    "loopback, unspecified": (lo(), "0.0.0.0", KERNEL_PICKS),
-    # what the kernel would pass over for another interface's address is bound
+    "link-local, an own address elsewhere": (a_link("fe80::7"), ("fe80::9", 7), ["fe80::7"]),
+    "IPv4 link-local target": (a_link("192.0.2.7"), "169.254.1.1", ["192.0.2.7"]),
+    "IPv4 link-local source": (a_link("169.254.7.7"), "169.254.1.1", ["169.254.7.7"]),
+    "own address of the interface": (a_link("192.0.2.7"), "192.0.2.7", ["192.0.2.7"]),
+    "loopback": (lo(), "127.0.0.1", ["127.0.0.1"]),
+    "loopback, another of the net": (lo(), "127.9.9.9", ["127.0.0.1"]),
+    "loopback of IPv6": (lo(), "::1", ["::1"]),
+    "loopback, unspecified": (lo(), "0.0.0.0", ["127.0.0.1"]),
+    "own address through lo": (lo(), "192.0.2.7", ["127.0.0.1"]),
+    "own address of IPv6 through lo": (lo(), "2001:db8::7", ["::1"]),
+    "an address of lo that reaches farther": (lo("192.0.2.7"), "127.0.0.1", ["192.0.2.7", "127.0.0.1"]),
+    # the kernel would pass them over for another interface's address
     "deprecated": (a_link("2001:db8::7 deprecated", "fe80::7"), "2001:db8:9::1", ["2001:db8::7"]),
     "IPv4 of scope link": (a_link("192.0.2.7 scope=253"), "198.51.100.1", ["192.0.2.7"]),
     "IPv4 of scope link, link-local target": (a_link("192.0.2.7 scope=253"), "169.254.1.1", ["192.0.2.7"]),
     "IPv4 of scope site": (a_link("192.0.2.7 scope=200"), "198.51.100.1", ["192.0.2.7"]),
     "IPv6 of scope site": (a_link("fec0::7 scope=200", "fe80::7"), "2001:db8:9::1", ["fec0::7"]),
+    # the best one first: not deprecated, then of the widest scope
+    "one good among lesser": (a_link("192.0.2.7 deprecated", "192.0.2.8"), "198.51.100.1", ["192.0.2.8", "192.0.2.7"]),
     "several lesser": (
-        a_link("192.0.2.7 deprecated", "192.0.2.8 scope=253", "192.0.2.9 tentative"),
+        a_link("192.0.2.6 deprecated scope=253", "192.0.2.7 deprecated", "192.0.2.8 scope=253", "192.0.2.9 tentative"),
         "198.51.100.1",
-        ["192.0.2.7", "192.0.2.8"],
+        ["192.0.2.8", "192.0.2.7", "192.0.2.6"],
     ),
-    "own address through lo": (lo(), "192.0.2.7", ["127.0.0.1"]),
-    "own address of IPv6 through lo": (lo(), "2001:db8::7", ["::1"]),
+    "by scope": (
+        a_link("192.0.2.7 scope=253", "192.0.2.8 scope=200", "192.0.2.9"),
+        "198.51.100.1",
+        ["192.0.2.9", "192.0.2.8", "192.0.2.7"],
+    ),
 }
 
 
@@ -285,6 +292,78 @@ def test_an_address_on_an_interface_that_cannot_serve_is_refused(
     assert_refused(bind_on_link(link, to(target), OWN, ips(*local)), number, reason)
 
 
+@pytest.mark.parametrize("kind", ["bridge", "bond", "team", "vrf", "openvswitch", ""])
+@pytest.mark.parametrize("borrow", [False, True])
+@pytest.mark.parametrize(
+    ("link", "local"),
+    [
+        (NIC, None),
+        (NIC, ips("192.0.2.7")),
+        (a_link(), None),
+        (a_link("fe80::7"), ips("192.0.2.7")),
+    ],
+    ids=["has addresses", "has the address", "bare", "link-local"],
+)
+def test_what_arrives_at_a_port_is_taken_by_some_masters(
+    kind: str, link: Link, local: tuple[IPAddress, ...] | None, *, borrow: bool
+) -> None:
+    decision = bind_on_link(link, to("198.51.100.1"), OWN, local, master=a_link(name="m0", kind=kind), borrow=borrow)
+    if kind in {"bridge", "bond", "team"}:
+        assert_refused(decision, errno.EADDRNOTAVAIL, "eth0 is a port of m0, which takes what arrives there: use if!m0")
+    else:
+        assert decision == bind_on_link(link, to("198.51.100.1"), OWN, local, borrow=borrow)
+
+
+def test_the_state_of_a_port_is_told_before_its_master() -> None:
+    port = a_link("192.0.2.7", up=False)
+    assert_refused(
+        bind_on_link(port, to("198.51.100.1"), master=a_link(name="m0", kind="bond")), errno.ENETUNREACH, "is down"
+    )
+
+
+@pytest.mark.parametrize(
+    ("link", "local", "target", "bound"),
+    [
+        # its own where it has one that serves
+        (NIC, None, "198.51.100.1", ["192.0.2.7"]),
+        (NIC, ("192.0.2.7",), "198.51.100.1", ["192.0.2.7"]),
+        # else whatever the kernel chooses
+        (a_link(), None, "198.51.100.1", []),
+        (a_link("192.0.2.7"), None, "2001:db8:9::1", []),
+        (a_link("192.0.2.7 tentative"), None, "198.51.100.1", []),
+        (a_link("fe80::7"), None, "2001:db8:9::1", []),
+        (lo(), None, "::1", ["::1"]),
+        # a named one may be anybody's: what the host has, bind tells
+        (NIC, ("192.0.2.99",), "198.51.100.1", ["192.0.2.99"]),
+        (a_link(), ("192.0.2.99", "2001:db8::99"), "2001:db8:9::1", ["2001:db8::99"]),
+    ],
+)
+def test_an_address_may_be_borrowed(link: Link, local: tuple[str, ...] | None, target: str, bound: list[str]) -> None:
+    decision = bind_on_link(link, to(target), OWN, None if local is None else ips(*local), borrow=True)
+    assert decision == Binding(link.name, ips(*bound), owner=link)
+
+
+BORROWERS = {
+    "down": (a_link(up=False), None, "198.51.100.1", errno.ENETUNREACH, "eth0 is down"),
+    "no carrier": (a_link(carrier=False), None, "198.51.100.1", errno.EHOSTUNREACH, "eth0 has no carrier"),
+    "loopback": (a_link(), None, "127.0.0.1", errno.ENETUNREACH, "cannot be reached through eth0"),
+    "elsewhere through lo": (lo(), None, "198.51.100.1", errno.ENETUNREACH, "only this host itself"),
+    "own address of another": (a_link(), None, "192.0.2.7", errno.ENETUNREACH, "this host's own address"),
+    "other zone": (a_link(), None, ("fe80::1", 8), errno.ENETUNREACH, "zone of another interface"),
+    "other family": (NIC, ("192.0.2.99",), "2001:db8:9::1", errno.EADDRNOTAVAIL, "no IPv6 address"),
+    "from loopback": (NIC, ("127.0.0.1",), "198.51.100.1", errno.ENETUNREACH, "from the loopback address 127.0.0.1"),
+}
+
+
+@pytest.mark.parametrize(("link", "local", "target", "number", "reason"), BORROWERS.values(), ids=BORROWERS)
+def test_to_borrow_an_address_lifts_no_other_rule(
+    link: Link, local: tuple[str, ...] | None, target: str | tuple[str, int], number: int, reason: str
+) -> None:
+    target = (target, 0) if isinstance(target, str) else target
+    decision = bind_on_link(link, to(*target), OWN, None if local is None else ips(*local), borrow=True)
+    assert_refused(decision, number, reason)
+
+
 def test_a_vrf_is_pinned_although_it_has_no_address() -> None:
     vrf = a_link(name="blue", kind="vrf", carrier=False)
     for target in ("198.51.100.1", "2001:db8::1", "127.0.0.1"):
@@ -292,6 +371,67 @@ def test_a_vrf_is_pinned_although_it_has_no_address() -> None:
     # whose ports hold it
     assert bind_on_link(vrf, to("198.51.100.1"), (), ips("192.0.2.99")) == Binding("blue", ips("192.0.2.99"))
     assert_refused(bind_on_link(vrf, to("2001:db8::1"), (), ips("192.0.2.99")), errno.EADDRNOTAVAIL, "no IPv6 address")
+
+
+# --- destinations that are exempt ---------------------------------------------------------------------------
+
+EXEMPT = ("localhost", "Proxy.Example.", "127.0.0.0/8", "192.0.2.7", "2001:db8::/32", "::1", "fe80::/10")
+
+
+@pytest.mark.parametrize(
+    ("host", "target", "covered"),
+    [
+        ("localhost", "203.0.113.1", True),
+        ("LocalHost.", "203.0.113.1", True),
+        ("proxy.example", "203.0.113.1", True),
+        ("PROXY.EXAMPLE.", "203.0.113.1", True),
+        # each name for itself alone
+        ("my.localhost", "203.0.113.1", False),
+        ("proxy.example.org", "203.0.113.1", False),
+        ("example", "203.0.113.1", False),
+        # an address, by whatever name
+        ("www.example", "127.9.9.9", True),
+        ("www.example", "192.0.2.7", True),
+        ("www.example", "192.0.2.8", False),
+        ("2001:db8::1", "2001:db8::1", True),
+        ("2001:db9::1", "2001:db9::1", False),
+        ("fe80::1%eth0", "fe80::1", True),
+        # such a packet is IPv4
+        ("::ffff:127.0.0.1", "::ffff:127.0.0.1", True),
+        ("::2", "::2", False),
+    ],
+)
+def test_what_is_exempt(host: str, target: str, *, covered: bool) -> None:
+    assert Exempt(EXEMPT).covers(host, to(target)) is covered
+
+
+def test_a_name_is_exempt_before_it_is_looked_up() -> None:
+    assert Exempt(EXEMPT).names("LOCALHOST.")
+    assert not Exempt(EXEMPT).names("127.0.0.1")  # which nobody looks up
+    assert not Exempt(["127.0.0.0/8"]).names("localhost")
+    assert not Exempt([]).covers("localhost", to("127.0.0.1"))
+    assert not Exempt(["localhost"]).covers("www.example", to("127.0.0.1"))
+
+
+@pytest.mark.parametrize(
+    ("entries", "error", "text"),
+    [
+        ("localhost", TypeError, "direct is a sequence of hosts and networks, as in direct=('localhost',)"),
+        (["localhost", b"x"], TypeError, "direct holds texts, not bytes"),
+        ([ip_address("127.0.0.1")], TypeError, "direct holds texts, not IPv4Address"),
+        ([""], ValueError, "direct: '' is no host, no address and no network"),
+        (["*.example"], ValueError, "direct: '*.example' is no host"),
+        (["10.0.0.1/8"], ValueError, "has host bits set"),
+        (["10.0.0.0/33"], ValueError, "direct: '10.0.0.0/33' is no host"),
+        (["http://proxy.example"], ValueError, "direct: 'http://proxy.example' is no host"),
+        (["proxy.example:3128"], ValueError, "direct: 'proxy.example:3128' is no host"),
+        (["[::1]"], ValueError, "direct: '[::1]' is no host"),
+        (["a b"], ValueError, "direct: 'a b' is no host"),
+    ],
+)
+def test_what_cannot_be_exempt(entries: Any, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=re.escape(text)):
+        Exempt(entries)
 
 
 # --- messages -----------------------------------------------------------------------------------------------
@@ -336,7 +476,7 @@ def source_address(target: Target, binding: Binding) -> str:
         assert binding.device is not None
         platform.pin(sock, binding.device)
         for ip in binding.local[:1]:
-            platform.bind(sock, ip, freebind=False)
+            platform.bind(sock, ip, None)
         sock.connect(target.sockaddr)
         return str(sock.getsockname()[0])
 

@@ -54,8 +54,8 @@ def fds() -> set[tuple[str, str]]:
         ("127.0.0.2", "127.9.9.9", "", "127.0.0.2"),
         ("::1", "::1", "", "::1"),
         ("host!127.0.0.2", "127.0.0.1", "", "127.0.0.2"),
-        ("if!lo", "127.0.0.1", "lo", "0.0.0.0"),
-        ("if!lo", "::1", "lo", "::"),
+        ("if!lo", "127.0.0.1", "lo", "127.0.0.1"),
+        ("if!lo", "::1", "lo", "::1"),
         ("ifhost!lo!127.0.0.1", "127.0.0.1", "lo", "127.0.0.1"),
         ("ifhost!lo!::1", "::1", "lo", "::1"),
     ],
@@ -310,6 +310,36 @@ async def test_which_way_it_leaves(
         for client in (by_aiohttp, by_happy_eyeballs):
             assert await client(socket_factory(source), target, 80) == address
             assert {(packet.nic, packet.source) for packet in witness.packets()} == {(nic, address)}
+
+
+@pytest.mark.parametrize(
+    ("route", "target", "address"),
+    [
+        ("203.0.113.80 via 198.18.1.1 dev n1 src {}", TARGET_V4, "198.18.1.2"),
+        ("2001:db8:ffff::80 via 2001:db8:1::1 dev n1 src {}", TARGET_V6, "2001:db8:1::2"),
+    ],
+    ids=["IPv4", "IPv6"],
+)
+async def test_a_route_names_no_other_address(
+    lab: Lab, witness: Witness, route: str, target: str, address: str
+) -> None:
+    nic = lab.nic("n0")
+    lab.near.ip(f"route add {route.format(nic.v6 if ':' in target else nic.v4)} metric 1")
+    with lab.far:
+        listener = socket.create_server((target, 80), family=V6 if ":" in target else V4)
+    async with serving(listener):
+        assert await by_happy_eyeballs(socket_factory("if!n1"), target, 80) == address
+    assert {(packet.nic, packet.source) for packet in witness.packets()} == {("n1", address)}
+
+
+def test_two_kinds_at_one_address_and_target_have_ports_of_their_own(lab: Lab) -> None:
+    with socket_factory("if!n1")(info(TARGET_V4)) as pinned:
+        assert pinned.getsockname() == ("198.18.1.2", 0)
+        with socket_factory("198.18.1.2")(info(TARGET_V4)) as unpinned:
+            assert unpinned.getsockname()[0] == "198.18.1.2"
+            assert unpinned.getsockname()[1] != 0
+    with socket_factory("198.18.1.2")(info(TARGET_V4)) as alone:
+        assert alone.getsockname()[1] == 0
 
 
 async def test_a_prefix_in_the_lab(lab: Lab, witness: Witness) -> None:

@@ -24,6 +24,7 @@ import pytest
 import uvloop
 
 from aiobind._binding import Binding, LinkAddress, Refusal, Target
+from aiobind._errors import BindError
 from aiobind._interfaces import Guard, Interfaces, InterfaceTable, InterfaceWatch
 from aiobind._platform import platform
 from aiobind._platform.base import AddressGone, AddressSeen, LinkGone, LinkSeen, ListEnd
@@ -31,6 +32,7 @@ from aiobind._platform.base import AddressGone, AddressSeen, LinkGone, LinkSeen,
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from aiobind._binding import IPAddress
     from aiobind._platform.base import Record
     from aiobind.lab import Lab
 
@@ -65,6 +67,7 @@ def table_of(*records: Record) -> InterfaceTable:
     return table
 
 
+TWO, SEVEN = (ip_address("192.0.2.2"),), (ip_address("192.0.2.7"),)
 ETH0, ETH1 = (seen(2, "eth0"), has(2, "192.0.2.2")), (seen(3, "eth1"), has(3, "192.0.2.3"))
 
 
@@ -141,27 +144,50 @@ def test_the_hosts_own_addresses(records: list[Record], own: set[str]) -> None:
 
 def test_the_entry_that_is_left_counts() -> None:
     table = table_of(seen(2, "eth0"), has(2, "192.0.2.2", b"/24"), has(2, "192.0.2.2", b"/32", scope=253))
-    assert isinstance(table.bind("eth0", WIDE), Binding)
+    table.apply(has(2, "192.0.2.7", scope=200))
+    assert table.bind("eth0", WIDE) == Binding("eth0", (*SEVEN, *TWO), owner=table.link("eth0"))
     table.apply(lost(2, "192.0.2.2", b"/32"))
-    assert table.bind("eth0", WIDE) == Binding("eth0", owner=table.link("eth0"))
+    assert table.bind("eth0", WIDE) == Binding("eth0", (*TWO, *SEVEN), owner=table.link("eth0"))
 
 
 def test_decisions_are_kept_until_something_changes() -> None:
     table = table_of(*ETH0)
     first = table.bind("eth0", WIDE)
-    assert first == Binding("eth0", owner=table.link("eth0"))
+    assert first == Binding("eth0", TWO, owner=table.link("eth0"))
     assert table.bind("eth0", to("203.0.113.9")) is first  # for every target of the kind
     assert isinstance(table.bind("eth0", WIDE6), Refusal)
     changes: list[tuple[Record, Binding | int]] = [
-        (has(2, "192.0.2.2", deprecated=True), Binding("eth0", (ip_address("192.0.2.2"),), owner=table.link("eth0"))),
+        (has(2, "192.0.2.7"), Binding("eth0", (*TWO, *SEVEN), owner=table.link("eth0"))),
+        (has(2, "192.0.2.2", deprecated=True), Binding("eth0", (*SEVEN, *TWO), owner=table.link("eth0"))),
+        (lost(2, "192.0.2.7"), Binding("eth0", TWO, owner=table.link("eth0"))),
         (lost(2, "192.0.2.2"), errno.EADDRNOTAVAIL),
-        (has(2, "192.0.2.7"), Binding("eth0", owner=table.link("eth0"))),
+        (has(2, "192.0.2.7"), Binding("eth0", SEVEN, owner=table.link("eth0"))),
         (seen(2, "wan0"), errno.ENODEV),
     ]
     for record, expected in changes:
         table.apply(record)
         decision = table.bind("eth0", WIDE)
         assert (decision.errno if isinstance(decision, Refusal) else decision) == expected
+
+
+def test_each_question_has_its_own_decision() -> None:
+    table = table_of(*ETH0, has(2, "192.0.2.7"), seen(3, "eth1"))
+    eth0, eth1 = table.link("eth0"), table.link("eth1")
+    expected: list[tuple[str, Any, bool, Any]] = [
+        ("eth0", None, False, Binding("eth0", (*TWO, *SEVEN), owner=eth0)),
+        ("eth0", None, True, Binding("eth0", (*TWO, *SEVEN), owner=eth0)),
+        ("eth0", TWO, False, Binding("eth0", TWO, owner=eth0)),
+        ("eth0", SEVEN, False, Binding("eth0", SEVEN, owner=eth0)),
+        ("eth1", None, False, errno.EADDRNOTAVAIL),
+        ("eth1", None, True, Binding("eth1", owner=eth1)),
+        ("eth1", SEVEN, False, errno.EADDRNOTAVAIL),
+        ("eth1", SEVEN, True, Binding("eth1", SEVEN, owner=eth1)),
+    ]
+    for _ in range(2):  # made, and kept
+        for name, local, borrow, wanted in expected:
+            decision = table.bind(name, WIDE, local, borrow=borrow)
+            assert (decision.errno if isinstance(decision, Refusal) else decision) == wanted
+            assert table.bind(name, WIDE, local, borrow=borrow) is decision
 
 
 def test_what_depends_on_more_than_the_kind_of_target_is_not_kept() -> None:
@@ -182,9 +208,8 @@ def test_what_depends_on_more_than_the_kind_of_target_is_not_kept() -> None:
     # the addresses that the source names
     assert isinstance(table.bind("eth0", WIDE), Binding)
     assert isinstance(table.bind("eth0", WIDE, (ip_address("192.0.2.99"),)), Refusal)
-    named = table.bind("eth0", WIDE, (ip_address("192.0.2.2"),))
-    assert named == Binding("eth0", (ip_address("192.0.2.2"),), owner=table.link("eth0"))
-    assert table.bind("eth0", WIDE) == Binding("eth0", owner=table.link("eth0"))
+    named = table.bind("eth0", WIDE, TWO)
+    assert named == table.bind("eth0", WIDE) == Binding("eth0", TWO, owner=table.link("eth0"))
 
 
 def test_the_present_name_of_a_link() -> None:
@@ -202,35 +227,41 @@ def test_a_kept_refusal_names_no_other_target() -> None:
 
 def test_an_alternative_name_is_pinned_by_the_real_one() -> None:
     table = table_of(seen(2, "eth0", "wan"), has(2, "192.0.2.2"))
-    assert table.bind("wan", WIDE) == Binding("eth0", owner=table.link("eth0"))
+    assert table.bind("wan", WIDE) == Binding("eth0", TWO, owner=table.link("eth0"))
 
 
-@pytest.mark.parametrize("more", [[], [has(2, "fe80::2", scope=253)]], ids=["bare", "link-local"])
-@pytest.mark.parametrize("target", [WIDE, WIDE6], ids=["v4", "v6"])
-def test_the_port_of_a_bridge_names_it(target: Target, more: list[Record]) -> None:
-    table = table_of(seen(5, "br0"), seen(2, "eth0", master=5), *more)
-    refusal = table.bind("eth0", target)
+@pytest.mark.parametrize("kind", ["bridge", "bond", "team"])
+@pytest.mark.parametrize("local", [None, TWO], ids=["if!", "ifhost!"])
+@pytest.mark.parametrize("more", [[], [has(2, "192.0.2.2")]], ids=["bare", "with an address"])
+@pytest.mark.parametrize("borrow", [False, True])
+def test_a_port_names_the_master_that_takes_what_arrives_there(
+    kind: str, local: tuple[Any, ...] | None, more: list[Record], *, borrow: bool
+) -> None:
+    table = table_of(seen(5, "m0", kind=kind), seen(2, "eth0", master=5), *more)
+    refusal = table.bind("eth0", WIDE, local, borrow=borrow)
     assert isinstance(refusal, Refusal)
     assert refusal.errno == errno.EADDRNOTAVAIL
-    assert refusal.reason.endswith("; eth0 is a port of br0: use if!br0")
+    assert refusal.reason == "eth0 is a port of m0, which takes what arrives there: use if!m0"
+    table.apply(seen(2, "eth0"))  # leaves it
+    assert "a port of" not in str(table.bind("eth0", WIDE, local, borrow=borrow))
 
 
 @pytest.mark.parametrize(
     "records",
     [
-        [seen(2, "eth0")],
-        [seen(2, "eth0", master=5)],  # in another namespace
-        [seen(5, "br0"), seen(2, "eth0", master=5), has(2, "192.0.2.2")],  # a port of a VRF has its own
+        [seen(2, "eth0"), has(2, "192.0.2.2")],
+        [seen(2, "eth0", master=5), has(2, "192.0.2.2")],  # in another namespace
+        [seen(5, "m0", kind="vrf"), seen(2, "eth0", master=5), has(2, "192.0.2.2")],  # a port of a VRF has its own
+        [seen(5, "m0"), seen(2, "eth0", master=5), has(2, "192.0.2.2")],
     ],
 )
-def test_other_links_name_no_master(records: list[Record]) -> None:
-    refusal = table_of(*records).bind("eth0", WIDE6)
-    assert isinstance(refusal, Refusal)
-    assert "a port of" not in refusal.reason
+def test_other_ports_serve(records: list[Record]) -> None:
+    table = table_of(*records)
+    assert table.bind("eth0", WIDE) == Binding("eth0", TWO, owner=table.link("eth0"))
 
 
 def test_a_way_that_does_not_exist_is_not_the_masters_either() -> None:
-    refusal = table_of(seen(5, "br0"), seen(2, "eth0", master=5)).bind("eth0", to("127.0.0.1"))
+    refusal = table_of(seen(5, "br0", kind="bridge"), seen(2, "eth0", master=5)).bind("eth0", to("127.0.0.1"))
     assert isinstance(refusal, Refusal)
     assert "a port of" not in refusal.reason
 
@@ -275,6 +306,9 @@ class Script:
 
     def fileno(self) -> int:
         return self._fd
+
+    def quiet(self) -> bool:
+        return not self._queue
 
     def ask(self) -> None:
         self.asked += 1
@@ -432,7 +466,7 @@ async def until(condition: Callable[[], Any], seconds: float = 10) -> float:
 @pytest.mark.parametrize("answer", [[*ETH0, *ETH1, WHOLE], ETH0], ids=["at once", "later"])
 async def test_many_first_callers_ask_once(watch_of: Callable[..., Any], answer: list[Record]) -> None:
     watch, feed = watch_of(answer)
-    callers = [asyncio.ensure_future(watch.table() if n % 2 else watch.caught_up()) for n in range(20)]
+    callers = [asyncio.ensure_future(watch.caught_up()) for _ in range(20)]
     for _ in range(5):
         await asyncio.sleep(0)
     if WHOLE not in answer:
@@ -441,14 +475,14 @@ async def test_many_first_callers_ask_once(watch_of: Callable[..., Any], answer:
     tables = await asyncio.gather(*callers)
     assert (feed.asked, set(map(id, tables))) == (1, {id(tables[0])})
     assert addresses(tables[0], "eth1") == ["192.0.2.3"]
-    assert await watch.table() is await watch.caught_up() is tables[0]
+    assert watch.look() is await watch.caught_up() is tables[0]
     assert feed.asked == 1
 
 
 @pytest.mark.anyio
 async def test_cancelled_callers_take_nothing_from_the_others(watch_of: Callable[..., Any]) -> None:
     watch, feed = watch_of(ETH0)
-    callers = [asyncio.ensure_future(watch.table()) for _ in range(6)]
+    callers = [asyncio.ensure_future(watch.caught_up()) for _ in range(6)]
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     for caller in callers[:3]:  # the one that has asked among them
@@ -463,13 +497,13 @@ async def test_cancelled_callers_take_nothing_from_the_others(watch_of: Callable
 @pytest.mark.anyio
 async def test_cancelled_callers_leave_the_list_to_those_who_come_later(watch_of: Callable[..., Any]) -> None:
     watch, feed = watch_of(ETH0)
-    caller = asyncio.ensure_future(watch.table())
+    caller = asyncio.ensure_future(watch.caught_up())
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     caller.cancel()
     await asyncio.wait([caller])
     feed.say(WHOLE)
-    assert addresses(await watch.table(), "eth0") == ["192.0.2.2"]
+    assert addresses(await watch.caught_up(), "eth0") == ["192.0.2.2"]
     assert feed.asked == 1
 
 
@@ -480,55 +514,87 @@ async def test_a_refusal_reaches_every_caller(watch_of: Callable[..., Any], call
     answer = [*([seen(2, "eth0")] * before), REFUSED]
     watch, feed = watch_of(*[answer] * 40, [*ETH1, WHOLE])
     async with asyncio.timeout(5):
-        outcomes = await asyncio.gather(*(watch.table() for _ in range(callers)), return_exceptions=True)
+        outcomes = await asyncio.gather(*(watch.caught_up() for _ in range(callers)), return_exceptions=True)
     assert [type(outcome) for outcome in outcomes] == [PermissionError] * callers
     assert feed.asked <= 2 * callers  # nobody asks on and on
     while feed._answers:  # whoever comes later asks again
         with contextlib.suppress(PermissionError):
-            await watch.table()
-    assert addresses(await watch.table(), "eth1") == ["192.0.2.3"]
+            await watch.caught_up()
+    assert addresses(await watch.caught_up(), "eth1") == ["192.0.2.3"]
 
 
 @pytest.mark.anyio
 async def test_a_refusal_reaches_those_who_wait(watch_of: Callable[..., Any]) -> None:
     watch, feed = watch_of(ETH0, [*ETH1, WHOLE])
-    callers = [asyncio.ensure_future(watch.table()) for _ in range(3)]
+    callers = [asyncio.ensure_future(watch.caught_up()) for _ in range(3)]
     await until(lambda: len(watch._waiting) == 3)
     feed.say(REFUSED)
     outcomes = await asyncio.gather(*callers, return_exceptions=True)
     assert [type(outcome) for outcome in outcomes] == [PermissionError] * 3
     assert len(set(map(id, outcomes))) == 3  # tracebacks of their own
-    assert addresses(await watch.table(), "eth1") == ["192.0.2.3"]
+    assert addresses(await watch.caught_up(), "eth1") == ["192.0.2.3"]
 
 
 @pytest.mark.anyio
-async def test_while_everything_is_told_anew_the_old_table_allows_and_a_fresh_look_waits(
-    watch_of: Callable[..., Any],
-) -> None:
+async def test_while_everything_is_told_anew_nothing_is_decided(watch_of: Callable[..., Any]) -> None:
     watch, feed = watch_of([*ETH0, WHOLE], ETH0)
-    old = await watch.table()
+    old = await watch.caught_up()
     feed.say(*(has(2, f"192.0.2.{n}") for n in range(3)), OVERFLOW)
     fresh = asyncio.ensure_future(watch.caught_up())
     await until(lambda: feed.asked == 2)
-    assert await watch.table() is old
+    assert watch.look() is None
     for _ in range(5):
         await asyncio.sleep(0)
+    assert watch.look() is None  # although the queue is empty
     assert not fresh.done()
     feed.say(*ETH1, WHOLE)
-    assert await fresh is not old
-    assert addresses(await watch.table(), "eth1") == ["192.0.2.3"]
+    new = await fresh
+    assert watch.look() is new is not old
+    assert addresses(new, "eth1") == ["192.0.2.3"]
+
+
+@pytest.mark.anyio
+async def test_a_look_is_the_table_while_there_is_nothing_to_read(watch_of: Callable[..., Any]) -> None:
+    watch, feed = watch_of([*ETH0, WHOLE], [*ETH1, WHOLE])
+    assert watch.look() is None  # nobody has asked yet
+    assert feed.asked == 0  # nor does a look
+    table = await watch.caught_up()
+    assert watch.look() is watch.look() is table
+    feed.say(has(2, "192.0.2.7"))
+    assert watch.look() is None
+    assert addresses(table, "eth0") == ["192.0.2.2"]  # a look reads nothing
+    await until(lambda: watch.look() is not None)  # the loop does
+    assert watch.look() is table
+    assert addresses(table, "eth0") == ["192.0.2.2", "192.0.2.7"]
+    feed.say(OVERFLOW)
+    assert watch.look() is None
+    fresh = await watch.caught_up()
+    assert watch.look() is fresh is not table
+
+
+@pytest.mark.anyio
+async def test_a_look_that_is_refused(watch_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    watch, feed = watch_of([*ETH0, WHOLE])
+    await watch.caught_up()
+
+    def quiet() -> bool:
+        raise REFUSED
+
+    monkeypatch.setattr(feed, "quiet", quiet)
+    with pytest.raises(PermissionError):
+        watch.look()
 
 
 @pytest.mark.anyio
 async def test_everything_can_be_told_anew(watch_of: Callable[..., Any]) -> None:
     watch, feed = watch_of([*ETH0, WHOLE], ETH0)
-    old = await watch.table()
+    old = await watch.caught_up()
     fresh = asyncio.ensure_future(watch.told_anew())
     await until(lambda: feed.asked == 2)
     assert not fresh.done()
     feed.say(*ETH1, WHOLE)
     assert addresses(await fresh, "eth1") == ["192.0.2.3"]
-    assert await watch.table() is await fresh is not old
+    assert watch.look() is await fresh is not old
 
 
 @pytest.mark.anyio
@@ -536,12 +602,12 @@ async def test_a_refusal_between_two_callers_is_quiet(watch_of: Callable[..., An
     errors: list[Any] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
     watch, feed = watch_of([*ETH0, WHOLE], [*ETH1, WHOLE])
-    old = await watch.table()
+    old = await watch.caught_up()
     feed.say(REFUSED)
     await until(lambda: not feed._queue)
     for _ in range(5):
         await asyncio.sleep(0)
-    assert (feed.asked, await watch.table()) == (1, old)
+    assert (feed.asked, watch._interfaces.table, watch.look()) == (1, old, None)
     assert addresses(await watch.caught_up(), "eth1") == ["192.0.2.3"]
     assert not errors
 
@@ -550,7 +616,7 @@ async def test_a_refusal_between_two_callers_is_quiet(watch_of: Callable[..., An
 async def test_the_loop_goes_on_between_the_pieces(watch_of: Callable[..., Any]) -> None:
     watch, _ = watch_of([*(seen(n, f"veth{n}") for n in range(1, 501)), WHOLE])
     turns = count()
-    asking = asyncio.ensure_future(watch.table())
+    asking = asyncio.ensure_future(watch.caught_up())
     while not asking.done():
         next(turns)
         await asyncio.sleep(0)
@@ -559,11 +625,10 @@ async def test_the_loop_goes_on_between_the_pieces(watch_of: Callable[..., Any])
 
 # --- guards -------------------------------------------------------------------------------------------------
 
-TWO = (ip_address("192.0.2.2"),)
-
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("local", [(), TWO], ids=["if!", "ifhost!"])
+@pytest.mark.parametrize("local", [None, TWO[0]], ids=["no address", "address"])
+@pytest.mark.parametrize("aborted_by", ["news", "a question"])
 @pytest.mark.parametrize(
     ("news", "number"),
     [
@@ -574,15 +639,25 @@ TWO = (ip_address("192.0.2.2"),)
     ],
 )
 async def test_an_attempt_is_aborted_when_its_interface_can_no_longer_serve_it(
-    watch_of: Callable[..., Any], news: Record, number: int, local: tuple[Any, ...]
+    watch_of: Callable[..., Any], news: Record, number: int, local: IPAddress | None, aborted_by: str
 ) -> None:
     watch, feed = watch_of([*ETH0, *ETH1, WHOLE])
-    table = await watch.table()
+    table = await watch.caught_up()
     ours, theirs = socket.socketpair()
-    with ours, theirs, Guard(watch, ours, Binding("eth0", local, owner=table.link("eth0")), WIDE) as guard:
+    with ours, theirs, Guard(watch, ours, table.link("eth0"), local, WIDE) as guard:
         theirs.setblocking(False)
+        await guard.confirm()
         feed.say(news)
-        await until(lambda: guard.refusal is not None)
+        if aborted_by == "news":
+            await until(lambda: guard.refusal is not None)
+        for cause in (None, ConnectionResetError(errno.ECONNRESET, "reset")):  # before the SYN, and after
+            with pytest.raises(BindError) as caught:
+                await guard.confirm(cause)
+            assert caught.value.__cause__ is cause
+            assert (caught.value.errno, caught.value.strerror) == (
+                number,
+                f"{guard.refusal.reason} (since the attempt began)",
+            )
         assert guard.refusal.errno == number
         assert theirs.recv(1) == b""
         feed.say(LinkGone(2))
@@ -593,28 +668,31 @@ async def test_an_attempt_is_aborted_when_its_interface_can_no_longer_serve_it(
 @pytest.mark.anyio
 async def test_an_attempt_from_one_address_needs_that_one(watch_of: Callable[..., Any]) -> None:
     watch, feed = watch_of([*ETH0, has(2, "192.0.2.22"), WHOLE])
-    link = (await watch.table()).link("eth0")
+    link = (await watch.caught_up()).link("eth0")
     ours, theirs = socket.socketpair()
     with (
         ours,
         theirs,
-        Guard(watch, ours, Binding("eth0", TWO, owner=link), WIDE) as from_one,
-        Guard(watch, ours, Binding("eth0", owner=link), WIDE) as from_any,
+        Guard(watch, ours, link, TWO[0], WIDE) as from_one,
+        Guard(watch, ours, link, None, WIDE) as from_any,
     ):
         feed.say(lost(2, "192.0.2.2"))
         await until(lambda: from_one.refusal is not None)
         assert from_one.refusal.errno == errno.EADDRNOTAVAIL
         assert from_any.refusal is None
+        await from_any.confirm()
+        with pytest.raises(BindError, match=r"192\.0\.2\.2 is not an address of eth0"):
+            await from_one.confirm()
 
 
 @pytest.mark.anyio
 async def test_an_attempt_goes_on_while_its_interface_serves_it(watch_of: Callable[..., Any]) -> None:
     watch, feed = watch_of([*ETH0, *ETH1, WHOLE], [*ETH0, WHOLE])
-    table = await watch.table()
+    table = await watch.caught_up()
     ours, theirs = socket.socketpair()
     with ours, theirs:
         theirs.setblocking(False)
-        with Guard(watch, ours, Binding("eth0", TWO, owner=table.link("eth0")), WIDE) as guard:
+        with Guard(watch, ours, table.link("eth0"), TWO[0], WIDE) as guard:
             feed.say(seen(3, "eth1", up=False), LinkGone(3), has(2, "192.0.2.22"), lost(2, "192.0.2.22"), OVERFLOW)
             await until(lambda: feed.asked == 2 and not feed._queue)
             assert guard.refusal is None
@@ -628,9 +706,9 @@ async def test_an_attempt_goes_on_while_its_interface_serves_it(watch_of: Callab
 @pytest.mark.anyio
 async def test_an_attempt_follows_its_interface_through_a_change_of_name(watch_of: Callable[..., Any]) -> None:
     watch, feed = watch_of([*ETH0, WHOLE])
-    link = (await watch.table()).link("eth0")
+    link = (await watch.caught_up()).link("eth0")
     ours, theirs = socket.socketpair()
-    with ours, theirs, Guard(watch, ours, Binding("eth0", owner=link), WIDE) as guard:
+    with ours, theirs, Guard(watch, ours, link, TWO[0], WIDE) as guard:
         feed.say(seen(2, "wan0"), seen(9, "eth0", up=False))  # another one takes the name
         await until(lambda: not feed._queue)
         assert guard.refusal is None
@@ -640,10 +718,60 @@ async def test_an_attempt_follows_its_interface_through_a_change_of_name(watch_o
 
 
 @pytest.mark.anyio
+async def test_another_interface_of_that_name_is_not_it(watch_of: Callable[..., Any]) -> None:
+    watch, feed = watch_of([*ETH0, WHOLE])
+    link = (await watch.caught_up()).link("eth0")
+    ours, theirs = socket.socketpair()
+    with ours, theirs, Guard(watch, ours, link, TWO[0], WIDE) as guard:
+        feed.say(LinkGone(2), seen(9, "eth0"), has(9, "192.0.2.2"))
+        with pytest.raises(BindError, match="eth0 is gone") as caught:
+            await guard.confirm()
+        assert caught.value.errno == errno.ENODEV
+
+
+@pytest.mark.anyio
+async def test_a_borrowed_address_may_be_anybodys(watch_of: Callable[..., Any]) -> None:
+    watch, feed = watch_of([*ETH0, *ETH1, WHOLE])
+    link = (await watch.caught_up()).link("eth1")
+    ours, theirs = socket.socketpair()
+    with (
+        ours,
+        theirs,
+        Guard(watch, ours, link, TWO[0], WIDE, borrow=True) as borrowing,
+        Guard(watch, ours, link, TWO[0], WIDE) as strict,
+    ):
+        feed.say(has(3, "192.0.2.33"))
+        await until(lambda: strict.refusal is not None)
+        await borrowing.confirm()
+        feed.say(seen(3, "eth1", up=False))
+        with pytest.raises(BindError, match="eth1 is down"):
+            await borrowing.confirm()
+
+
+@pytest.mark.anyio
+async def test_the_present_is_read_before_an_attempt_goes_on(watch_of: Callable[..., Any]) -> None:
+    """In one turn of the loop where nothing has happened."""
+    watch, feed = watch_of([*ETH0, WHOLE])
+    link = (await watch.caught_up()).link("eth0")
+    with socket.socket() as sock:
+        guard = Guard(watch, sock, link, TWO[0], WIDE)
+        with pytest.raises(StopIteration):
+            guard.confirm().send(None)
+        feed.say(*[has(2, f"10.0.0.{n}") for n in range(20)])
+        await guard.confirm()
+        assert watch.look() is not None
+        feed.say(OVERFLOW, REFUSED)
+        feed._answers.append([REFUSED])
+        with pytest.raises(PermissionError):
+            await guard.confirm()
+        assert guard.refusal is None
+
+
+@pytest.mark.anyio
 async def test_an_attempt_that_has_ended_by_itself_is_aborted_without_a_word(watch_of: Callable[..., Any]) -> None:
     watch, feed = watch_of([*ETH0, WHOLE])
-    table = await watch.table()
-    with socket.socket() as sock, Guard(watch, sock, Binding("eth0", owner=table.link("eth0")), WIDE) as guard:
+    table = await watch.caught_up()
+    with socket.socket() as sock, Guard(watch, sock, table.link("eth0"), None, WIDE) as guard:
         sock.close()
         feed.say(LinkGone(2))
         await until(lambda: guard.refusal is not None)
@@ -677,7 +805,7 @@ async def test_one_watch_for_each_loop_closed_with_its_last_holder() -> None:
     gc.collect()
     await asyncio.sleep(0.01)
     assert what_is(fd) == name
-    assert (await two.table()).link("lo") is not None
+    assert (await two.caught_up()).link("lo") is not None
     del two
     await until(lambda: what_is(fd) != name)
 
@@ -699,7 +827,7 @@ async def test_the_next_watch_is_a_new_one_on_the_same_descriptor() -> None:
 async def test_a_watch_collected_in_another_thread_is_closed_on_its_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     loop = asyncio.get_running_loop()
     watch = InterfaceWatch.of(loop)
-    await watch.table()
+    await watch.caught_up()
     fd, name = descriptor(watch)
     closed_in: list[int] = []
     feed = type(watch._interfaces._feed)
@@ -726,7 +854,7 @@ def test_a_watch_that_outlives_its_loop_is_closed_with_its_last_holder(
 ) -> None:
     async def main() -> InterfaceWatch:
         watch = InterfaceWatch.of(asyncio.get_running_loop())
-        await watch.table()
+        await watch.caught_up()
         return watch
 
     loop = new_loop()
@@ -743,7 +871,7 @@ def test_loops_have_watches_of_their_own(new_loop: Callable[[], asyncio.Abstract
     loops = [new_loop(), new_loop()]
     watches = [InterfaceWatch.of(loop) for loop in loops]
     assert watches[0] is not watches[1]
-    tables = [loop.run_until_complete(watch.table()) for loop, watch in zip(loops, watches, strict=True)]
+    tables = [loop.run_until_complete(watch.caught_up()) for loop, watch in zip(loops, watches, strict=True)]
     assert tables[0] is not tables[1]
     for loop in loops:
         loop.close()
@@ -776,7 +904,7 @@ def test_a_forgotten_watch_warns_of_nothing(library: str, code: str) -> None:
         "import asyncio, uvloop\nfrom aiobind._interfaces import InterfaceWatch\n"
         f"NEW = {library}.new_event_loop\n"
         "async def main():\n    watch = InterfaceWatch.of(asyncio.get_running_loop())\n"
-        "    assert (await watch.table()).link('lo')\n    return watch\n"
+        "    assert (await watch.caught_up()).link('lo')\n    return watch\n"
     )
     code = code.replace("asyncio.run(", f"{library}.run(")
     run = subprocess.run(
@@ -1007,7 +1135,7 @@ def test_an_address_that_somebody_else_has(lab: Lab) -> None:
 @pytest.mark.anyio
 async def test_news_arrive_without_a_new_list(lab: Lab) -> None:
     watch = InterfaceWatch.of(asyncio.get_running_loop())
-    table = await watch.table()
+    table = await watch.caught_up()
 
     def n1() -> Any:
         return table.link("n1")
@@ -1047,6 +1175,30 @@ async def test_a_fresh_look_sees_the_change_before_the_loop_does(lab: Lab) -> No
         assert ("198.18.1.7" in table.own) is held
 
 
+@pytest.mark.anyio
+async def test_a_look_is_as_true_as_a_new_list(lab: Lab) -> None:
+    """The kernel queues the news before the call that makes the change returns."""
+    watch = InterfaceWatch.of(asyncio.get_running_loop())
+    assert watch.look() is None
+    table = await watch.caught_up()
+    for change in (
+        "addr add 198.18.1.7/24 dev n1",
+        "addr del 198.18.1.7/24 dev n1",
+        "addr del 2001:db8:1::2/64 dev n1",
+        "link property add dev n1 altname wan",
+        "link set n1 down",
+        "link set n1 name wan0",
+        "link del wan0",
+        "link add b1 type bridge",
+    ):
+        await until(lambda: watch.look() is not None)
+        lab.near.ip(change)
+        assert watch.look() is None, change
+    await until(lambda: watch.look() is not None)
+    assert watch.look() is table
+    assert as_the_table_says(table) == as_the_table_says(Interfaces(platform.feed()).caught_up())
+
+
 async def longest_turn(work: asyncio.Future[Any]) -> float:
     """Return the longest time of its processor that the loop needed for one turn until *work* was done."""
     longest, last = 0.0, time.thread_time()
@@ -1065,8 +1217,8 @@ async def test_thousands_of_addresses_do_not_stall_the_loop(lab: Lab) -> None:
     turns = []
     for _ in range(3):  # the machine may be busy with something else
         watch = InterfaceWatch(loop, platform.feed())
-        turns.append(await longest_turn(asyncio.ensure_future(watch.table())))
-        assert len((await watch.table()).link("n1").addresses) == len(many) + 3
+        turns.append(await longest_turn(asyncio.ensure_future(watch.caught_up())))
+        assert len(watch.look().link("n1").addresses) == len(many) + 3
         del watch
     assert min(turns) < 0.05, turns
 
@@ -1077,14 +1229,15 @@ async def test_after_a_real_overflow_the_table_is_right_again(lab: Lab, size: in
     loop = asyncio.get_running_loop()
     watch = InterfaceWatch.of(loop)
     watch._interfaces._feed._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
-    table = await watch.table()
+    table = await watch.caught_up()
     for last in (1, 2):
         # while nobody reads
         lab.near.ip(
             *(f"addr add 10.{last}.{n // 250}.{n % 250}/32 dev n1" for n in range(600)), f"link add b{last} type bridge"
         )
+        assert watch.look() is None
         fresh = await watch.caught_up()
-        assert fresh is not table
+        assert watch.look() is fresh is not table
         expected = Interfaces(platform.feed()).caught_up()
         assert as_the_table_says(fresh) == as_the_table_says(expected)
         assert (fresh.link(f"b{last}") is not None, len(fresh.own)) == (True, len(expected.own))

@@ -22,6 +22,7 @@ from packaging.requirements import Requirement
 
 import aiobind
 import aiobind.aiohttp
+import aiobind.dns
 import aiobind.lab
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(aiobind.__file__).parent
-PUBLIC = (aiobind, aiobind.aiohttp, aiobind.lab)
+PUBLIC = (aiobind, aiobind.aiohttp, aiobind.dns, aiobind.lab)
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 
@@ -115,6 +116,13 @@ BoundTCPConnector.limit_per_source
 BoundTCPConnector.stats()
 BoundTCPConnector.use_dns_cache
 BoundTCPConnector.use_source(source)
+""",
+    "aiobind.dns": """
+SourceLookup(reach, servers, *, ttl)
+SourceLookup.by_source
+SourceLookup.close()
+async SourceLookup.find(host, *, via, family=0, flags=0)
+SourceLookup.forget(host=None)
 """,
     "aiobind.lab": """
 Lab(nics=3)

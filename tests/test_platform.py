@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from aiobind._binding import LinkAddress
 from aiobind._interfaces import InterfaceTable
+from aiobind._platform import linux as linux_module
 from aiobind._platform import platform
 from aiobind._platform.base import AddressGone, AddressSeen, LinkGone, LinkSeen, ListEnd, sockaddr
 from aiobind._platform.fallback import Fallback
@@ -106,12 +107,44 @@ def test_a_pin_to_an_odd_name(lab: Lab, new_socket: Callable[..., socket.socket]
 def test_bind_reserves_no_port(new_socket: Callable[..., socket.socket], version: int) -> None:
     with socket.create_server((str(LOOPBACK[version]), 0), family=FAMILY[version]) as server:
         sock = new_socket(FAMILY[version])
-        LINUX.bind(sock, LOOPBACK[version], freebind=False)
+        LINUX.bind(sock, LOOPBACK[version], None)
         assert sock.getsockopt(socket.SOL_IP, IP_BIND_ADDRESS_NO_PORT) == 1
         assert sock.getsockname()[:2] == (str(LOOPBACK[version]), 0)
         sock.connect(server.getsockname())
         assert sock.getsockname()[0] == str(LOOPBACK[version])
         assert sock.getsockname()[1] != 0
+
+
+@families
+def test_port_0_reserves_one(lab: Lab, new_socket: Callable[..., socket.socket], version: int) -> None:
+    lab.near.sysctl("ipv4.ip_local_port_range", "5001 5001")
+    with socket.create_server((str(LOOPBACK[version]), 7001), family=FAMILY[version]) as server:
+        sharing = new_socket(FAMILY[version])
+        LINUX.bind(sharing, LOOPBACK[version], None)
+        assert sharing.getsockname()[1] == 0
+        reserving = new_socket(FAMILY[version])
+        LINUX.bind(reserving, LOOPBACK[version], 0)
+        assert reserving.getsockname()[1] == 5001
+        with raises(errno.EADDRNOTAVAIL):  # connect(2) leaves it alone
+            sharing.connect(server.getsockname())
+        with raises(errno.EADDRINUSE):  # and bind(2) too
+            LINUX.bind(new_socket(FAMILY[version]), LOOPBACK[version], 0)
+
+
+@families
+def test_a_port_may_be_given(lab: Lab, new_socket: Callable[..., socket.socket], version: int) -> None:
+    sock = new_socket(FAMILY[version])
+    LINUX.bind(sock, LOOPBACK[version], 7007)
+    assert sock.getsockname()[:2] == (str(LOOPBACK[version]), 7007)
+    with raises(errno.EADDRINUSE):
+        LINUX.bind(new_socket(FAMILY[version]), LOOPBACK[version], 7007)
+
+
+def test_a_low_port_takes_a_capability(
+    lab: Lab, no_capabilities: None, new_socket: Callable[..., socket.socket]
+) -> None:
+    with raises(errno.EACCES):
+        LINUX.bind(new_socket(), LOOPBACK[4], 80)
 
 
 @families
@@ -121,7 +154,7 @@ def test_one_port_serves_every_destination(lab: Lab, new_socket: Callable[..., s
     for port in (7001, 7002, 7003):
         with socket.create_server((str(LOOPBACK[version]), port), family=FAMILY[version]) as server:
             sock = new_socket(FAMILY[version])
-            LINUX.bind(sock, LOOPBACK[version], freebind=False)
+            LINUX.bind(sock, LOOPBACK[version], None)
             sock.connect(server.getsockname())
             ports.add(sock.getsockname()[1])
     assert ports == {5001}
@@ -139,7 +172,7 @@ def test_the_range_of_ports_is_set(new_socket: Callable[..., socket.socket], ver
             if how == "pin":
                 LINUX.pin(sock, "lo")
             else:
-                LINUX.bind(sock, LOOPBACK[version], freebind=False)
+                LINUX.bind(sock, LOOPBACK[version], None)
             try:
                 value = sock.getsockopt(socket.SOL_IP, IP_LOCAL_PORT_RANGE, 4)
             except OSError as error:
@@ -150,13 +183,105 @@ def test_the_range_of_ports_is_set(new_socket: Callable[..., socket.socket], ver
     assert {port % 2 for port in ports} == {0, 1}
 
 
+def needs_a_range(linux: Linux) -> None:
+    with socket.socket() as sock:
+        linux.limit(sock, range(5001, 5002))
+    if not linux._has_port_range:
+        pytest.skip("this kernel has no IP_LOCAL_PORT_RANGE (Linux 6.3)")
+
+
+@families
+@pytest.mark.parametrize("port", [None, 0])
+@pytest.mark.parametrize("ports", [range(5100, 5101), range(5100, 5104)])
+def test_connect_keeps_to_a_range(
+    lab: Lab, new_socket: Callable[..., socket.socket], version: int, ports: range, port: int | None
+) -> None:
+    linux = Linux()
+    needs_a_range(linux)
+    lab.near.sysctl("ipv4.ip_local_port_range", "5001 5999")
+    assert linux.keeps_to(ports)
+    with socket.create_server((str(LOOPBACK[version]), 7001), family=FAMILY[version], backlog=10) as server:
+
+        def connected() -> int:
+            sock = new_socket(FAMILY[version])
+            linux.prepare(sock)
+            linux.limit(sock, ports)
+            linux.bind(sock, LOOPBACK[version], port)
+            sock.connect(server.getsockname())
+            return int(sock.getsockname()[1])
+
+        assert {connected() for _ in ports} == set(ports)
+        with raises(errno.EADDRNOTAVAIL if port is None else errno.EADDRINUSE):
+            connected()
+
+
+@pytest.mark.parametrize(
+    ("automatic", "reserved", "ports", "kept"),
+    [
+        ("5001 5999", "", range(5001, 6000), True),
+        ("5001 5999", "", range(5500, 5501), True),
+        ("5001 5999", "", range(5000, 5002), False),
+        ("5001 5999", "", range(5999, 6001), False),
+        ("5001 5999", "", range(80, 81), False),
+        ("5001 5999", "", range(40000, 40100), False),
+        ("5001 5999", "5099,5104-5110,8080", range(5100, 5104), True),
+        ("5001 5999", "5100", range(5100, 5104), False),
+        ("5001 5999", "5103", range(5100, 5104), False),
+        ("5001 5999", "5101-5102", range(5100, 5104), False),
+        ("5001 5999", "5090-5100", range(5100, 5104), False),
+        ("5001 5999", "5103-5200", range(5100, 5104), False),
+        ("5001 5999", "5001-5999", range(5100, 5104), False),
+        ("5001 5999", "8080,5103", range(5100, 5104), False),
+        ("5001 5999", "", range(5100, 5104, 2), False),
+    ],
+)
+def test_what_the_system_keeps_to(lab: Lab, automatic: str, reserved: str, ports: range, *, kept: bool) -> None:
+    linux = Linux()
+    needs_a_range(linux)
+    lab.near.sysctl("ipv4.ip_local_port_range", automatic)
+    lab.near.sysctl("ipv4.ip_local_reserved_ports", reserved)
+    assert linux.keeps_to(ports) is kept
+
+
+def test_outside_of_the_automatic_range_the_system_keeps_to_nothing(
+    lab: Lab, new_socket: Callable[..., socket.socket]
+) -> None:
+    """Why it is asked."""
+    linux = Linux()
+    needs_a_range(linux)
+    lab.near.sysctl("ipv4.ip_local_port_range", "5001 5999")
+    with socket.create_server(("127.0.0.1", 7001)) as server:
+        sock = new_socket()
+        linux.limit(sock, range(7100, 7200))
+        linux.bind(sock, LOOPBACK[4], None)
+        sock.connect(server.getsockname())
+        assert sock.getsockname()[1] not in range(7100, 7200)
+        lab.near.sysctl("ipv4.ip_local_reserved_ports", "5100")
+        sock = new_socket()
+        linux.limit(sock, range(5100, 5101))
+        linux.bind(sock, LOOPBACK[4], None)
+        with raises(errno.EADDRNOTAVAIL):
+            sock.connect(server.getsockname())
+
+
+@pytest.mark.parametrize("text", [None, "", "none\n", "5001\n", "5001 5999 7\n"])
+def test_a_range_that_cannot_be_read_is_not_kept_to(monkeypatch: pytest.MonkeyPatch, text: str | None) -> None:
+    def read(name: str) -> str:
+        if text is None:
+            raise FileNotFoundError(errno.ENOENT, name)
+        return text
+
+    monkeypatch.setattr(linux_module, "_sysctl", read)
+    assert not Linux().keeps_to(range(5100, 5104))
+
+
 @families
 @pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM])
 def test_an_address_of_nobody_needs_freebind(new_socket: Callable[..., socket.socket], version: int, kind: int) -> None:
     with raises(errno.EADDRNOTAVAIL):
-        LINUX.bind(new_socket(FAMILY[version], kind), NOWHERE[version], freebind=False)
+        LINUX.bind(new_socket(FAMILY[version], kind), NOWHERE[version], None)
     sock = new_socket(FAMILY[version], kind)
-    LINUX.bind(sock, NOWHERE[version], freebind=True)
+    LINUX.bind(sock, NOWHERE[version], None, freebind=True)
     assert sock.getsockname()[:2] == (str(NOWHERE[version]), 0)
     level, option = (socket.SOL_IP, IP_FREEBIND) if version == 4 else (socket.IPPROTO_IPV6, IPV6_FREEBIND)
     assert sock.getsockopt(level, option) == 1
@@ -167,22 +292,22 @@ def test_an_address_that_is_still_being_checked(lab: Lab, new_socket: Callable[.
     lab.near.sysctl("ipv6.conf.n1.dad_transmits", 50)
     lab.near.ip("addr add 2001:db8:1::7/64 dev n1", "addr add 2001:db8:1::8/64 dev n1 nodad preferred_lft 0")
     with raises(errno.EADDRNOTAVAIL):
-        LINUX.bind(new_socket(socket.AF_INET6), ip_address("2001:db8:1::7"), freebind=False)
-    LINUX.bind(new_socket(socket.AF_INET6), ip_address("2001:db8:1::8"), freebind=False)  # deprecated
+        LINUX.bind(new_socket(socket.AF_INET6), ip_address("2001:db8:1::7"), None)
+    LINUX.bind(new_socket(socket.AF_INET6), ip_address("2001:db8:1::8"), None)  # deprecated
 
 
 @families
 def test_bind_again(new_socket: Callable[..., socket.socket], version: int) -> None:
     sock = new_socket(FAMILY[version])
     with raises(errno.EADDRNOTAVAIL):
-        LINUX.bind(sock, NOWHERE[version], freebind=False)
-    LINUX.bind(sock, LOOPBACK[version], freebind=False)  # the next address of a name
+        LINUX.bind(sock, NOWHERE[version], None)
+    LINUX.bind(sock, LOOPBACK[version], None)  # the next address of a name
     sock.bind((str(LOOPBACK[version]), 0))  # it has no port, so this is the first bind that counts
-    LINUX.bind(sock, LOOPBACK[version], freebind=False)
+    LINUX.bind(sock, LOOPBACK[version], None)
     with socket.create_server((str(LOOPBACK[version]), 0), family=FAMILY[version]) as server:
         sock.connect(server.getsockname())
         with raises(errno.EINVAL):
-            LINUX.bind(sock, LOOPBACK[version], freebind=False)
+            LINUX.bind(sock, LOOPBACK[version], None)
 
 
 @pytest.mark.parametrize("bind", [LINUX.bind, Fallback("beos").bind], ids=["linux", "fallback"])
@@ -191,12 +316,12 @@ def test_a_link_local_address_is_bound_with_its_zone(
 ) -> None:
     ip = lab.nic("n1").link_local
     sock = new_socket(socket.AF_INET6)
-    bind(sock, ip_address(f"{ip}%n1"), freebind=False)
+    bind(sock, ip_address(f"{ip}%n1"), None)
     assert (sock.getsockname()[0], sock.getsockname()[3]) == (ip, socket.if_nametoindex("n1"))
     with raises(errno.EADDRNOTAVAIL):
-        bind(new_socket(socket.AF_INET6), ip_address(f"{ip}%n2"), freebind=False)
+        bind(new_socket(socket.AF_INET6), ip_address(f"{ip}%n2"), None)
     with raises(errno.ENODEV, "no interface named 'n9'"):
-        bind(new_socket(socket.AF_INET6), ip_address(f"{ip}%n9"), freebind=False)
+        bind(new_socket(socket.AF_INET6), ip_address(f"{ip}%n9"), None)
 
 
 def test_a_socket_address() -> None:
@@ -212,7 +337,7 @@ def test_multipath_tcp(new_socket: Callable[..., socket.socket], version: int) -
     except OSError as error:
         pytest.skip(f"this kernel has no MPTCP: {error}")
     LINUX.pin(sock, "lo")
-    LINUX.bind(sock, LOOPBACK[version], freebind=False)
+    LINUX.bind(sock, LOOPBACK[version], None)
     assert (pinned_to(sock), sock.getsockname()[:2]) == (b"lo", (str(LOOPBACK[version]), 0))
 
 
@@ -243,8 +368,10 @@ def test_an_old_kernel_is_asked_once_for_the_range_of_ports() -> None:
         with OldKernel() as sock:
             sock.lacks = {IP_LOCAL_PORT_RANGE: errno.ENOPROTOOPT, IP_BIND_ADDRESS_NO_PORT: errno.ENOPROTOOPT}
             linux.prepare(sock)
-            linux.bind(sock, LOOPBACK[4], freebind=False)
+            linux.bind(sock, LOOPBACK[4], None)
             assert sock.getsockname()[1] != 0  # reserved at once, as everywhere else
+            linux.limit(sock, range(40000, 40100))
+            assert not linux.keeps_to(range(40000, 40100))
             assert sock.asked_for == [*[IP_LOCAL_PORT_RANGE] * (number == 0), IP_BIND_ADDRESS_NO_PORT]
 
 
@@ -255,7 +382,7 @@ def test_another_refusal_is_no_old_kernel(option: int) -> None:
         linux = Linux()
         with raises(errno.EPERM):
             linux.prepare(sock)
-            linux.bind(sock, LOOPBACK[4], freebind=False)
+            linux.bind(sock, LOOPBACK[4], None)
 
 
 def test_new_sockets_neither_block_nor_are_inherited(new_socket: Callable[..., socket.socket]) -> None:
@@ -304,6 +431,49 @@ def test_the_descriptor_is_readable_while_there_is_something_to_read(lab: Lab, f
     assert told(feed) == [AddressSeen(index, LinkAddress(ip_address("198.18.1.7")), b"\x18\xc6\x12\x01\x07")]
     lab.near.ip("addr del 198.18.1.7/24 dev n1")
     assert told(feed) == [AddressGone(index, ip_address("198.18.1.7"), b"\x18\xc6\x12\x01\x07")]
+
+
+def test_it_is_quiet_while_there_is_nothing_to_read(lab: Lab, no_capabilities: None, feed: Netlink) -> None:
+    assert feed.quiet()
+    feed.ask()
+    assert not feed.quiet()
+    told(feed)
+    assert feed.quiet()
+
+
+def test_news_are_there_when_the_change_is_made(lab: Lab, feed: Netlink) -> None:
+    for change in ("addr add 198.18.1.7/24 dev n1", "addr del 198.18.1.7/24 dev n1", "link set n1 down", "link del n2"):
+        told(feed)
+        lab.near.ip(change)
+        assert not feed.quiet(), change
+        assert not feed.quiet()  # to ask takes nothing away
+        assert told(feed)
+    told(feed)
+    lab.near.ip("addr add 198.18.0.7/24 dev n0")
+    assert feed.read() is not None
+    assert feed.read() is None
+
+
+def test_what_was_dropped_is_not_quiet(lab: Lab, feed: Netlink) -> None:
+    """Also when the queue has been read to its end."""
+    feed._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 0)
+    for _ in range(2):  # the second drop counts as the first did
+        assert feed.quiet()
+        lab.near.ip(*[f"addr {command} 198.18.1.7/24 dev n1" for command in ("add", "del")] * 30)
+        assert not feed.quiet()
+        with contextlib.suppress(BlockingIOError):
+            while feed._socket.recv(65536):
+                pass
+        assert not feed.quiet()
+        with raises(errno.ENOBUFS):
+            feed.read()
+        assert feed.quiet()  # but what was asked for anew is due
+
+
+def test_quiet_of_a_closed_feed(feed: Netlink) -> None:
+    feed.close()
+    with raises(errno.EBADF):
+        feed.quiet()
 
 
 def test_a_list_asked_for_while_one_is_told_ends_that_one_as_cut(lab: Lab, feed: Netlink) -> None:
@@ -683,10 +853,20 @@ def test_the_longest_nonsense_is_quickly_done() -> None:
 @families
 def test_the_fallback_binds_an_address(new_socket: Callable[..., socket.socket], version: int) -> None:
     sock = new_socket(FAMILY[version], socket.SOCK_STREAM | Fallback("beos").socket_flags)
-    Fallback("beos").bind(sock, LOOPBACK[version], freebind=False)
+    Fallback("beos").bind(sock, LOOPBACK[version], None)
     assert sock.getsockname()[0] == str(LOOPBACK[version])
+    assert sock.getsockname()[1] != 0  # reserved at once, for want of a way to wait
+    reserving, given = new_socket(FAMILY[version]), new_socket(FAMILY[version])
+    Fallback("beos").bind(reserving, LOOPBACK[version], 0)
+    port = reserving.getsockname()[1]
+    assert port != 0
+    with raises(errno.EADDRINUSE):
+        Fallback("beos").bind(given, LOOPBACK[version], port)
+    reserving.close()
+    Fallback("beos").bind(given, LOOPBACK[version], port)
+    assert given.getsockname()[1] == port
     with raises(errno.EADDRNOTAVAIL):
-        Fallback("beos").bind(new_socket(FAMILY[version]), NOWHERE[version], freebind=False)
+        Fallback("beos").bind(new_socket(FAMILY[version]), NOWHERE[version], None)
 
 
 def test_the_fallback_pretends_nothing(new_socket: Callable[..., socket.socket]) -> None:
@@ -695,9 +875,11 @@ def test_the_fallback_pretends_nothing(new_socket: Callable[..., socket.socket])
     with raises(errno.EOPNOTSUPP, f"pinning a connection to an interface {text}"):
         fallback.pin(sock, "lo")
     with raises(errno.EOPNOTSUPP, f"a net! source {text}"):
-        fallback.bind(sock, LOOPBACK[4], freebind=True)
+        fallback.bind(sock, LOOPBACK[4], None, freebind=True)
     with raises(errno.EOPNOTSUPP, f"looking up the addresses of an interface {text}"):
         fallback.feed()
+    assert not fallback.keeps_to(range(40000, 40100))
+    fallback.limit(sock, range(40000, 40100))
     assert (pinned_to(sock), sock.getsockname()) == (b"", ("0.0.0.0", 0))
 
 

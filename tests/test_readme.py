@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from dns_server import DnsServer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -53,7 +54,10 @@ def example_com(lab: Lab, resolv_conf: Callable[..., None]) -> Iterator[None]:
         server = _Server((lab.target_v4, 80), _Page)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
-    yield
+    with DnsServer("198.18.1.1", namespace=lab.far) as dns:
+        dns.add("example.org", lab.target_v4)  # which no file knows
+        yield
+        assert set(dns.queries) == {("example.org", "A"), ("example.org", "AAAA")}
     server.shutdown()
     server.server_close()
     thread.join()

@@ -25,7 +25,7 @@ from dns_server import NXDOMAIN, REFUSED, SERVFAIL, DnsServer
 
 import aiobind
 from aiobind import _resolve
-from aiobind._resolve import Resolved, resolve
+from aiobind._resolve import Resolved, in_thread, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
@@ -476,6 +476,35 @@ async def test_a_thread_that_cannot_be_started_leaves_nothing_behind(
             await resolve("some.test")
     assert set(await resolve("some.test")) == found("192.0.2.1")  # while the traceback still holds everything
     assert caught.traceback
+
+
+async def test_a_function_in_a_thread() -> None:
+    def where() -> threading.Thread:
+        return threading.current_thread()
+
+    def fail() -> None:
+        raise LookupError("no such thing")
+
+    thread = await in_thread(where)
+    assert thread.daemon
+    assert thread is not threading.current_thread()
+    with pytest.raises(LookupError, match="no such thing"):
+        await in_thread(fail)
+
+
+async def test_who_waits_for_a_thread_can_leave() -> None:
+    held, done = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        held.wait()
+        done.set()
+
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.01):
+            await in_thread(wait)
+    held.set()
+    await until(done.is_set)
+    await until(lambda: not threads())
 
 
 PROGRAM = """

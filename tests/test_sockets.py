@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import errno
 import gc
 import io
+import logging
 import os
+import platform as machine
 import resource
 import socket
 import ssl
 import struct
+import threading
 from contextlib import asynccontextmanager, suppress
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any, cast
@@ -19,9 +23,10 @@ import pytest
 import trustme
 import uvloop
 
-from aiobind import Address, BindError, BoundSource, bound_source
+from aiobind import Address, BindError, BoundSource, _sockets, bound_source
 from aiobind._binding import Binding, Target
 from aiobind._platform import platform
+from aiobind._ports import LocalPorts
 from aiobind._sockets import BoundSocket, _is_uvloop, _open, connect, open_bound
 
 if TYPE_CHECKING:
@@ -32,6 +37,8 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.anyio
 
 V4, V6 = socket.AF_INET, socket.AF_INET6
+HERE = {V4: Target.of(ip_address("127.0.0.1"), 9), V6: Target.of(ip_address("::1"), 9)}
+WIDE = {V4: Target.of(ip_address("203.0.113.80"), 80), V6: Target.of(ip_address("2001:db8:ffff::80"), 80)}
 SO_BINDTODEVICE, IP_FREEBIND = 25, 15  # Python 3.11 has no name for the second
 SOURCE = Address("127.0.0.2")
 LOCAL = ip_address("127.0.0.2")
@@ -49,6 +56,11 @@ def device(sock: socket.socket) -> str:
     return sock.getsockopt(socket.SOL_SOCKET, SO_BINDTODEVICE, 16).rstrip(b"\0").decode()
 
 
+def to(listener: socket.socket) -> Target:
+    host, port = listener.getsockname()[:2]
+    return Target.of(ip_address(host), port)
+
+
 @pytest.fixture
 def listener() -> Iterator[socket.socket]:
     with socket.create_server(("127.0.0.1", 0), backlog=100) as listener:
@@ -59,7 +71,7 @@ class Connection:
     """A connected, registered socket, and how often its end was reported."""
 
     def __init__(self, listener: socket.socket) -> None:
-        self.sock: BoundSocket = open_bound(Binding(local=(LOCAL,)), V4)
+        self.sock: BoundSocket = open_bound(Binding(local=(LOCAL,)), to(listener))
         with suppress(BlockingIOError):
             self.sock.connect(listener.getsockname())
         self.fd = self.sock.fileno()
@@ -189,7 +201,7 @@ def test_the_end_is_reported_even_when_closing_fails(connection: Connection) -> 
 
 
 def test_a_socket_that_was_never_counted_ends_silently() -> None:
-    sock = open_bound(Binding(), V4)
+    sock = open_bound(Binding(), HERE[V4])
     sock.close()
     sock.close()
     del sock
@@ -260,7 +272,7 @@ def test_bound_source_of_what_has_none(thing: object) -> None:
 
 
 def test_bound_source_of_sockets_of_others(listener: socket.socket) -> None:
-    with socket.create_connection(listener.getsockname()) as foreign, open_bound(Binding(), V4) as unconnected:
+    with socket.create_connection(listener.getsockname()) as foreign, open_bound(Binding(), HERE[V4]) as unconnected:
         for sock in (foreign, listener, unconnected):
             with pytest.raises(LookupError):
                 bound_source(sock)
@@ -392,7 +404,7 @@ async def test_a_tls_handshake_that_fails(tls: tuple[ssl.SSLContext, ssl.SSLCont
 
 
 async def test_a_datagram_transport(listener: socket.socket) -> None:
-    sock = open_bound(Binding(local=(LOCAL,)), V4, kind=socket.SOCK_DGRAM)
+    sock = open_bound(Binding(local=(LOCAL,)), to(listener), kind=socket.SOCK_DGRAM)
     sock.connect(listener.getsockname())
     ends: list[None] = []
     sock.bound = BoundSource(SOURCE, None, *sock.getsockname())
@@ -422,7 +434,7 @@ def test_it_is_non_blocking_and_not_inherited(
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(default_timeout)
     try:
-        sock = open_bound(Binding(), V4)
+        sock = open_bound(Binding(), HERE[V4])
     finally:
         socket.setdefaulttimeout(before)
     with sock:
@@ -434,63 +446,330 @@ def test_it_is_non_blocking_and_not_inherited(
 @pytest.mark.parametrize("family", [V4, V6])
 @pytest.mark.parametrize(("kind", "proto"), [(socket.SOCK_STREAM, socket.IPPROTO_TCP), (socket.SOCK_DGRAM, 0)])
 def test_family_kind_and_protocol(family: int, kind: int, proto: int) -> None:
-    with open_bound(Binding(), family, kind=kind, proto=proto) as sock:
+    with open_bound(Binding(), HERE[family], kind=kind, proto=proto) as sock:
         assert (sock.family, sock.type, sock.proto) == (family, kind, proto)
-        assert device(sock) == ""
-        assert sock.getsockname()[:2] == ("0.0.0.0" if family == V4 else "::", 0)
+        assert (device(sock), sock.interface) == ("", None)
 
 
 @pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM])
 @pytest.mark.parametrize("text", ["127.0.0.2", "::1"])
 def test_it_has_the_address_and_no_port_yet(text: str, kind: int) -> None:
     ip = ip_address(text)
-    with open_bound(Binding(local=(ip,)), V6 if ip.version == 6 else V4, kind=kind) as sock:
+    with open_bound(Binding(local=(ip,)), HERE[V6 if ip.version == 6 else V4], kind=kind) as sock:
         assert sock.getsockname()[:2] == (text, 0)
+        assert (sock.local, sock.interface) == (ip, None)
 
 
 def test_it_has_device_and_address(lab: Lab) -> None:
     nic = lab.nic("n1")
     for text, family in ((nic.v4, V4), (nic.v6, V6)):
-        with open_bound(Binding("n1", (ip_address(text),)), family) as sock:
-            assert device(sock) == "n1"
-            assert sock.getsockname()[0] == text
+        with open_bound(Binding("n1", (ip_address(text),)), WIDE[family]) as sock:
+            assert device(sock) == sock.interface == "n1"
+            assert sock.getsockname()[0] == str(sock.local) == text
 
 
 def test_a_link_local_address_keeps_its_zone(lab: Lab) -> None:
     nic = lab.nic("n1")
-    with open_bound(Binding(local=(ip_address(f"{nic.link_local}%n1"),)), V6) as sock:
+    local = ip_address(f"{nic.link_local}%n1")
+    with open_bound(Binding(local=(local,)), Target.of(ip_address("fe80::1"), 80, socket.if_nametoindex("n1"))) as sock:
         assert sock.getsockname() == (nic.link_local, 0, 0, socket.if_nametoindex("n1"))
-        assert device(sock) == "n1"
+        assert device(sock) == sock.interface == "n1"  # by the bind itself
+        assert sock.local == local
+
+
+# --- which address ------------------------------------------------------------------------------------------
+
+SECOND = ("addr add 198.18.1.7/24 dev n1", "addr add 2001:db8:1::7/64 dev n1 nodad")
+TO4, TO6 = "203.0.113.80 via 198.18.1.1 dev n1", "2001:db8:ffff::80 via 2001:db8:1::1 dev n1"
+BOTH = {V4: ("198.18.1.2", "198.18.1.7"), V6: ("2001:db8:1::2", "2001:db8:1::7")}
+OTHER = {V4: "198.18.0.2", V6: "2001:db8::2"}
+
+
+@pytest.mark.parametrize("family", [V4, V6], ids=["IPv4", "IPv6"])
+@pytest.mark.parametrize("order", [1, -1], ids=["in order", "reversed"])
+@pytest.mark.parametrize("chosen", [0, 1, None], ids=["the first", "the second", "another NIC's"])
+@pytest.mark.parametrize("pin", ["n1", None])
+def test_the_kernels_own_choice_where_it_is_allowed(
+    lab: Lab, family: int, order: int, chosen: int | None, pin: str | None
+) -> None:
+    """A route names the address, and connect(2) would obey, pin or no pin."""
+    texts = BOTH[family]
+    hint = OTHER[family] if chosen is None else texts[chosen]
+    lab.near.ip(*SECOND, f"route add {TO4 if family == V4 else TO6} src {hint} metric 1")
+    local = tuple(map(ip_address, texts[::order]))
+    expected = str(local[0]) if chosen is None else texts[chosen]
+    with open_bound(Binding(pin, local), WIDE[family]) as sock:
+        assert (str(sock.local), sock.interface) == (expected, pin)
+        assert sock.getsockname()[:2] == (expected, 0)
+        with suppress(BlockingIOError):
+            sock.connect(WIDE[family].sockaddr)
+        assert sock.getsockname()[0] == expected
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["in order", "reversed"])
+@pytest.mark.parametrize("family", [V4, V6], ids=["IPv4", "IPv6"])
+def test_without_a_route_the_best_address_is_bound(lab: Lab, family: int, order: int) -> None:
+    target = Target.of(ip_address("192.0.2.1" if family == V4 else "2001:db8:99::1"), 80)
+    lab.near.ip(*SECOND, f"route add unreachable {target.host} metric 1")
+    local = tuple(map(ip_address, BOTH[family][::order]))
+    with open_bound(Binding(None, local), target) as sock:
+        assert sock.local == local[0]
+
+
+@pytest.mark.parametrize("family", [V4, V6], ids=["IPv4", "IPv6"])
+def test_the_only_address_and_one_of_a_prefix_are_not_asked_about(lab: Lab, family: int) -> None:
+    lab.near.ip(*SECOND, f"route add {TO4 if family == V4 else TO6} src {BOTH[family][1]} metric 1")
+    first, hinted = map(ip_address, BOTH[family])
+    nobodys = ip_address("198.51.100.7" if family == V4 else "2001:db8:7::7")
+    for binding in (Binding("n1", (first,)), Binding(None, (first,)), Binding(None, (nobodys, hinted), freebind=True)):
+        with open_bound(binding, WIDE[family]) as sock:
+            assert sock.local == binding.local[0]
+
+
+@pytest.mark.parametrize("family", [V4, V6], ids=["IPv4", "IPv6"])
+@pytest.mark.parametrize(("pin", "expected"), [(None, "n0"), ("n1", "n1"), ("n2", "n2")])
+def test_where_any_address_will_do_the_kernels_choice_is_bound(
+    lab: Lab, family: int, pin: str | None, expected: str
+) -> None:
+    nic = lab.nic(expected)
+    with open_bound(Binding(pin), WIDE[family]) as sock:
+        assert sock.getsockname()[:2] == (nic.v4 if family == V4 else nic.v6, 0)
+        assert (str(sock.local), sock.interface) == (sock.getsockname()[0], pin)
+    lab.near.ip(f"route add {TO4 if family == V4 else TO6} src {OTHER[family]} metric 1")
+    with open_bound(Binding("n1"), WIDE[family]) as sock:  # to borrow
+        assert str(sock.local) == OTHER[family]
+
+
+def test_without_a_route_any_address_is_left_to_connect(lab: Lab) -> None:
+    lab.near.ip("route add unreachable 192.0.2.1")
+    for port, expected in ((None, False), (0, True), (5001, True)):
+        with open_bound(Binding(), Target.of(ip_address("192.0.2.1"), 80), port=port) as sock:
+            assert (sock.local, sock.interface) == (None, None)
+            assert (sock.getsockname()[0], sock.getsockname()[1] != 0) == ("0.0.0.0", expected)
+
+
+def test_the_callers_options_choose_the_route_and_with_it_the_address(lab: Lab) -> None:
+    lab.near.ip(*SECOND, f"route add {TO4} src 198.18.1.7 table 77", "rule add fwmark 7 lookup 77")
+    binding = Binding("n1", tuple(map(ip_address, BOTH[V4])))
+    mark = (socket.SOL_SOCKET, 36, 7)  # SO_MARK
+    for options, expected in (
+        ((), "198.18.1.2"),
+        ((mark,), "198.18.1.7"),
+        (((socket.SOL_TCP, 1, 1), mark), "198.18.1.7"),
+    ):
+        with open_bound(binding, WIDE[V4], options=options) as sock:
+            assert str(sock.local) == expected
+
+
+def test_an_address_that_goes_meanwhile_is_passed_over(lab: Lab) -> None:
+    lab.near.ip("addr flush dev n1", "addr add 198.18.1.7/24 dev n1")
+    with open_bound(Binding("n1", tuple(map(ip_address, BOTH[V4]))), WIDE[V4]) as sock:
+        assert str(sock.local) == sock.getsockname()[0] == "198.18.1.7"
+
+
+# --- which port ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", [V4, V6], ids=["IPv4", "IPv6"])
+def test_a_port_is_left_to_connect_reserved_or_given(lab: Lab, family: int) -> None:
+    lab.near.sysctl("ipv4.ip_local_port_range", "5001 5003")
+    binding = Binding(None, (ip_address(BOTH[family][0]),))
+    with open_bound(binding, WIDE[family]) as sock:
+        assert sock.getsockname()[1] == 0
+    with open_bound(binding, WIDE[family], port=0) as sock:
+        assert sock.getsockname()[1] in range(5001, 5004)
+    with open_bound(binding, WIDE[family], port=7001) as sock:
+        assert sock.getsockname()[1] == 7001
+
+
+def test_a_given_port_serves_several_destinations_and_a_reserved_one_does_not(lab: Lab) -> None:
+    lab.near.sysctl("ipv4.ip_local_port_range", "5001 5001")
+    binding, other = Binding(None, (LOCAL,)), Target.of(ip_address("127.0.0.1"), 10)
+    with open_bound(binding, HERE[V4], port=7001), open_bound(binding, other, port=7001) as sock:
+        assert sock.getsockname()[1] == 7001
+    before = fds()
+    for port in (0, 5001):
+        with open_bound(binding, HERE[V4], port=0), pytest.raises(BindError) as caught:
+            open_bound(binding, other, port=port)
+        assert (caught.value.errno, caught.value.strerror) == (
+            errno.EADDRINUSE,
+            "no port is left on 127.0.0.2 for this destination",
+        )
+    del caught
+    assert fds() == before
+
+
+def test_a_port_that_takes_a_capability(lab: Lab, no_capabilities: None) -> None:
+    with pytest.raises(
+        BindError, match=r"^\[Errno 13\] 127\.0\.0\.2: a port below net\.ipv4\.ip_unprivileged"
+    ) as caught:
+        open_bound(Binding(None, (LOCAL,)), HERE[V4], port=80)
+    assert caught.value.errno == errno.EACCES
+
+
+def test_the_callers_range_of_ports_is_kept_to_by_the_system(lab: Lab) -> None:
+    lab.near.sysctl("ipv4.ip_local_port_range", "5001 5999")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        for port in (None, 0):
+            with open_bound(
+                Binding(None, (LOCAL,)), to(server), ports=LocalPorts(range(5100, 5102)), port=port
+            ) as sock:
+                with suppress(BlockingIOError):
+                    sock.connect(server.getsockname())
+                assert sock.getsockname()[1] in (5100, 5101)
+
+
+# --- without a pin ------------------------------------------------------------------------------------------
+
+
+class Sandbox:
+    """Run something in a thread that may not set SO_BINDTODEVICE (seccomp(2): EPERM), like some containers."""
+
+    def __init__(self) -> None:
+        number = {"x86_64": 54, "aarch64": 208, "riscv64": 208}.get(machine.machine())  # of setsockopt(2)
+        if number is None:
+            pytest.skip(f"the number of setsockopt(2) on {machine.machine()} is not known here")
+        load, equal, give = 0x20, 0x15, 0x06
+        program = b"".join(
+            struct.pack("=HBBI", *instruction)
+            for instruction in (
+                (load, 0, 0, 0),  # seccomp_data.nr
+                (equal, 0, 3, number),
+                (load, 0, 0, 32),  # the option, args[2]
+                (equal, 0, 1, SO_BINDTODEVICE),
+                (give, 0, 0, 0x00050000 | errno.EPERM),
+                (give, 0, 0, 0x7FFF0000),
+            )
+        )
+        self._buffer = ctypes.create_string_buffer(program, len(program))
+        self._program = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(self._buffer))
+
+    def run(self, work: Callable[[], None]) -> None:
+        failures: list[BaseException] = []
+
+        def confined() -> None:
+            try:
+                prctl = ctypes.CDLL(None, use_errno=True).prctl
+                if prctl(38, 1, 0, 0, 0) or prctl(22, 2, self._program, 0, 0):  # PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP
+                    raise OSError(ctypes.get_errno(), "prctl")
+                work()
+            except BaseException as error:
+                failures.append(error)
+
+        thread = threading.Thread(target=confined)
+        thread.start()
+        thread.join()
+        if failures:
+            raise failures[0]
+
+
+@pytest.fixture
+def nothing_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_sockets, "_unpinned", set[str]())
+
+
+def test_a_pin_that_is_not_permitted_is_refused(lab: Lab) -> None:
+    def work() -> None:
+        before = fds()
+        with pytest.raises(BindError, match=r"the pin to n1 was refused: .*CAP_NET_RAW") as caught:
+            open_bound(Binding("n1", (ip_address("198.18.1.2"),)), WIDE[V4])
+        assert caught.value.errno == errno.EPERM
+        assert fds() == before
+
+    Sandbox().run(work)
+
+
+@pytest.mark.parametrize("family", [V4, V6], ids=["IPv4", "IPv6"])
+def test_where_it_need_not_be_strict_the_address_alone_will_do(
+    lab: Lab, nothing_logged: None, caplog: pytest.LogCaptureFixture, family: int
+) -> None:
+    lab.near.ip(*SECOND, f"route add {TO4 if family == V4 else TO6} src {BOTH[family][1]} metric 1")
+    local = tuple(map(ip_address, BOTH[family]))
+
+    def work() -> None:
+        for name in ("n1", "n1", "n2", "n1"):
+            with open_bound(Binding(name, local), WIDE[family], strict=False) as sock:
+                assert (device(sock), sock.interface) == ("", None)
+                # the choice of the kernel is that of an unpinned socket
+                assert str(sock.local) == sock.getsockname()[0] == BOTH[family][1]
+
+    Sandbox().run(work)
+    assert [(record.name, record.levelno) for record in caplog.records] == [("aiobind", logging.WARNING)] * 2
+    for record, name in zip(caplog.records, ("n1", "n2"), strict=True):  # once for each
+        assert record.getMessage() == (
+            f"the pin to {name} is not permitted: connections from it have one of its addresses, and may leave by any"
+            " interface (strict=False)"
+        )
+
+
+def test_where_a_pin_is_permitted_it_is_set_however_strict(
+    lab: Lab, nothing_logged: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    with open_bound(Binding("n1", (ip_address("198.18.1.2"),)), WIDE[V4], strict=False) as sock:
+        assert device(sock) == sock.interface == "n1"
+    with pytest.raises(BindError) as caught:  # it is the permission alone that one can do without
+        open_bound(Binding("n9", (ip_address("198.18.1.2"),)), WIDE[V4], strict=False)
+    assert caught.value.errno == errno.ENODEV
+    assert not caplog.records
+
+
+def test_a_link_local_address_without_a_pin_is_where_its_zone_is(lab: Lab, nothing_logged: None) -> None:
+    nic = lab.nic("n1")
+    target = Target.of(ip_address(nic.gateway_link_local), 80, socket.if_nametoindex("n1"))
+
+    def work() -> None:
+        with open_bound(Binding("n1", (ip_address(nic.link_local),)), target, strict=False) as sock:
+            assert sock.getsockname()[0] == nic.link_local
+            assert device(sock) == sock.interface == "n1"
+            assert str(sock.local) == f"{nic.link_local}%n1"
+
+    Sandbox().run(work)
+
+
+def test_a_device_of_the_callers_is_none_of_ours(
+    lab: Lab, nothing_logged: None, no_capabilities: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is the second device of a socket that takes CAP_NET_RAW."""
+    options = [(socket.SOL_SOCKET, SO_BINDTODEVICE, b"n0\0")]
+    local = (ip_address("198.18.1.2"),)
+    for _ in range(2):
+        with open_bound(Binding("n1", local), WIDE[V4], options=options, strict=False) as sock:
+            assert (device(sock), sock.interface, sock.local) == ("n0", None, local[0])
+    assert len(caplog.records) == 1
+
+
+# --- what the caller wants, and what is refused -------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("text", "family"), [("198.51.100.7", V4), ("2001:db8:7::7", V6)])
 def test_an_address_that_no_interface_holds(text: str, family: int) -> None:
-    with open_bound(Binding(local=(ip_address(text),), freebind=True), family) as sock:
+    with open_bound(Binding(local=(ip_address(text),), freebind=True), HERE[family]) as sock:
         assert sock.getsockname()[0] == text
     with pytest.raises(BindError) as caught:
-        open_bound(Binding(local=(ip_address(text),)), family)
+        open_bound(Binding(local=(ip_address(text),)), HERE[family])
     assert caught.value.errno == errno.EADDRNOTAVAIL
 
 
 def test_the_first_address_that_is_ours_is_taken() -> None:
     foreign, own, other = map(ip_address, ("198.51.100.7", "127.0.0.2", "127.0.0.3"))
     for local in ((foreign, own, other), (foreign, foreign, own), (own, foreign)):
-        with open_bound(Binding(local=local), V4) as sock:
+        with open_bound(Binding(local=local), HERE[V4]) as sock:
             assert sock.getsockname()[0] == "127.0.0.2"
+            assert sock.local == own
 
 
 def test_the_options_of_the_caller_are_set_before_the_socket_is_bound() -> None:
     options = [(socket.SOL_IP, IP_FREEBIND, 1), (socket.SOL_SOCKET, socket.SO_KEEPALIVE, (1).to_bytes(4, "little"))]
-    with open_bound(Binding(local=(ip_address("198.51.100.7"),)), V4, options=options) as sock:
+    with open_bound(Binding(local=(ip_address("198.51.100.7"),)), HERE[V4], options=options) as sock:
         assert sock.getsockname()[0] == "198.51.100.7"  # refused without the option
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
 
 
 def test_a_device_of_the_callers_options_never_wins(lab: Lab) -> None:
     options = [(socket.SOL_SOCKET, SO_BINDTODEVICE, b"n0\0")]
-    with open_bound(Binding("n1"), V4, options=options) as sock:
-        assert device(sock) == "n1"
-    with open_bound(Binding(), V4, options=options) as sock:
+    with open_bound(Binding("n1"), WIDE[V4], options=options) as sock:
+        assert device(sock) == sock.interface == "n1"
+    with open_bound(Binding(), WIDE[V4], options=options) as sock:
         assert device(sock) == "n0"  # where we pin none, it is the caller's business
 
 
@@ -498,10 +777,10 @@ def test_nor_without_capabilities(lab: Lab, no_capabilities: None) -> None:
     options = [(socket.SOL_SOCKET, SO_BINDTODEVICE, b"n0\0")]
     before = fds()
     with pytest.raises(BindError, match=r"the pin to n1 was refused: .*CAP_NET_RAW") as caught:
-        open_bound(Binding("n1"), V4, options=options)
+        open_bound(Binding("n1"), WIDE[V4], options=options)
     assert caught.value.errno == errno.EPERM
     assert fds() == before
-    with open_bound(Binding("n1"), V4) as sock:
+    with open_bound(Binding("n1"), WIDE[V4]) as sock:
         assert device(sock) == "n1"
 
 
@@ -534,7 +813,7 @@ NOT_HERE = "is not usable on this host: no interface of this network namespace h
             "the zone of fe80::1%no-nic is no interface of this host",
         ),
         (  # only an address that is another host's is passed over
-            Binding(local=(ip_address("fe80::1%no-nic"), ip_address("::1"))),
+            Binding(local=(ip_address("fe80::1%no-nic"), ip_address("2001:db8:7::7"))),
             (),
             BindError,
             errno.ENODEV,
@@ -561,7 +840,7 @@ def test_what_is_refused(binding: Binding, options: Any, error: type[OSError], n
     family = V6 if binding.local and binding.local[0].version == 6 else V4
     before = fds()
     with pytest.raises(error) as caught:
-        open_bound(binding, family, options=options)
+        open_bound(binding, HERE[family], options=options)
     assert type(caught.value) is error
     assert (caught.value.errno, caught.value.strerror) == (number, text)
     assert isinstance(caught.value.__cause__, OSError)
@@ -572,7 +851,7 @@ def test_what_is_refused(binding: Binding, options: Any, error: type[OSError], n
 def test_nonsense_for_an_option_leaves_nothing_open(option: Any) -> None:
     before = fds()
     with pytest.raises((TypeError, ValueError, OverflowError)):
-        open_bound(Binding(), V4, options=[option])
+        open_bound(Binding(), HERE[V4], options=[option])
     assert fds() == before
 
 
@@ -581,7 +860,7 @@ def test_no_descriptor_left() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
     try:
         with pytest.raises(OSError, match="Too many open files") as caught:
-            open_bound(Binding(), V4)
+            open_bound(Binding(), HERE[V4])
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert caught.value.errno == errno.EMFILE
@@ -594,16 +873,16 @@ def test_no_descriptor_left() -> None:
 @pytest.mark.parametrize("target_of", [("127.0.0.1", V4), ("::1", V6)], ids=["IPv4", "IPv6"])
 async def test_connect(target_of: tuple[str, int]) -> None:
     host, family = target_of
-    with socket.create_server((host, 0), family=family) as listener, open_bound(Binding(), family) as sock:
+    with socket.create_server((host, 0), family=family) as listener, open_bound(Binding(), to(listener)) as sock:
         port = listener.getsockname()[1]
-        await connect(asyncio.get_running_loop(), sock, Target.of(ip_address(host), port))
+        await connect(asyncio.get_running_loop(), sock, to(listener))
         assert sock.getpeername()[:2] == (host, port)
 
 
 async def test_connect_is_told_what_the_system_answers(listener: socket.socket) -> None:
     host, port = listener.getsockname()
     listener.close()
-    with open_bound(Binding(), V4) as sock, pytest.raises(ConnectionRefusedError) as caught:
+    with open_bound(Binding(), HERE[V4]) as sock, pytest.raises(ConnectionRefusedError) as caught:
         await connect(asyncio.get_running_loop(), sock, Target.of(ip_address(host), port))
     assert caught.value.errno == errno.ECONNREFUSED
 
@@ -615,8 +894,8 @@ async def test_the_scope_of_a_link_local_target(lab: Lab, witness: Witness, pin:
     with lab.far:
         server = socket.create_server(("::", 80), family=V6)
     local = (ip_address(f"{nic.link_local}%n1"),) if bind else ()
-    with server, open_bound(Binding(pin, local), V6) as sock:
-        target = Target.of(ip_address(nic.gateway_link_local), 80, index)
+    target = Target.of(ip_address(nic.gateway_link_local), 80, index)
+    with server, open_bound(Binding(pin, local), target) as sock:
         await connect(asyncio.get_running_loop(), sock, target)
         assert sock.getpeername() == (nic.gateway_link_local, 80, 0, index)
         assert sock.getsockname()[0] == nic.link_local
@@ -625,7 +904,7 @@ async def test_the_scope_of_a_link_local_target(lab: Lab, witness: Witness, pin:
 
 
 async def test_a_scope_that_is_no_interface() -> None:
-    with open_bound(Binding(), V6) as sock, pytest.raises(OSError) as caught:  # noqa: PT011 - the loops differ
+    with open_bound(Binding(), HERE[V6]) as sock, pytest.raises(OSError) as caught:  # noqa: PT011 - the loops differ
         await connect(asyncio.get_running_loop(), sock, Target.of(ip_address("fe80::1"), 80, 9999))
     assert caught.value.errno in {errno.ENXIO, errno.ENODEV, errno.EINVAL, errno.ENETUNREACH}
 
@@ -639,3 +918,12 @@ def test_uvloop_is_recognised() -> None:
         loop = kind()
         assert _is_uvloop(loop) is expected
         loop.close()
+
+
+def test_an_address_that_was_passed_over_leaves_no_pin(lab: Lab) -> None:
+    """bind(2) of a link-local address sets the device of the socket before it finds that the address is not ours."""
+    local = tuple(map(ip_address, ("fe80::99%n1", lab.nic("n2").v6)))
+    with open_bound(Binding(None, local), Target.of(ip_address(lab.target_v6), 80)) as sock:
+        assert str(sock.local) == lab.nic("n2").v6
+        device = sock.getsockopt(socket.SOL_SOCKET, 25, 16).rstrip(b"\0")
+        assert (device, sock.interface) == (b"", None)

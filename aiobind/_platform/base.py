@@ -140,6 +140,10 @@ class Platform(Protocol):
         """
         ...
 
+    def unsent(self, sock: socket.socket) -> bool:
+        """Return whether *sock* holds bytes that its peer has not acknowledged; False when nobody can tell."""
+        ...
+
     def keeps_to(self, ports: range) -> bool:
         """Return whether connect(2) itself can be told, by `limit`, to choose from *ports* and nothing else."""
         ...

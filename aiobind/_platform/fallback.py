@@ -38,6 +38,10 @@ class Fallback:
             self._refuse("a net! source")
         sock.bind(sockaddr(ip, port or 0))
 
+    def unsent(self, sock: socket.socket) -> bool:
+        """Return False: nobody can tell."""
+        return False
+
     def keeps_to(self, ports: range) -> bool:
         """Return False: no option here keeps connect(2) to a range."""
         return False

@@ -6,6 +6,7 @@ Man pages: socket(7) SO_BINDTODEVICE, ip(7), ipv6(7), netlink(7), rtnetlink(7).
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import socket
 import struct
@@ -32,6 +33,7 @@ IP_FREEBIND = 15
 IPV6_FREEBIND = 78
 IP_BIND_ADDRESS_NO_PORT = 24  # Linux 4.2
 IP_LOCAL_PORT_RANGE = 51  # Linux 6.3
+_SIOCOUTQ = 0x5411
 
 #: The widest range; the kernel narrows it to net.ipv4.ip_local_port_range. With a range set it takes ports of both
 #: parities from the start. Without one it looks for even ports only (odd ones are for bind), so that past half of the
@@ -96,6 +98,14 @@ class Linux:
                 if error.errno not in (errno.ENOPROTOOPT, errno.EOPNOTSUPP):
                     raise
                 self._has_port_range = error.errno == errno.EOPNOTSUPP
+
+    def unsent(self, sock: socket.socket) -> bool:
+        """Return whether SIOCOUTQ (tcp(7)) counts any bytes, and there is a connection to send them by."""
+        try:
+            # It counts the SYN of a connection that was refused.
+            return fcntl.ioctl(sock.fileno(), _SIOCOUTQ, bytes(4)) != bytes(4) and bool(sock.getpeername())
+        except (OSError, ValueError):  # closed already
+            return False
 
     def keeps_to(self, ports: range) -> bool:
         """Return whether *ports* lie in the automatic range, and none of them is reserved (ip-sysctl).
@@ -230,7 +240,8 @@ class Netlink:
         self._listing = 0  # the list that was being told, if any, has been read to its end
 
     def __del__(self) -> None:
-        self.close()  # without the ResourceWarning: an owner that forgot to close is no fault of the caller
+        with suppress(AttributeError):  # the system refused to give a socket
+            self.close()  # without the ResourceWarning: an owner that forgot to close is no fault of the caller
 
     def _request(self, kind: int, body: bytes) -> None:
         self._sequence += 1
@@ -255,7 +266,8 @@ class Netlink:
         told, self._listing = self._listing, 0
         code = struct.unpack_from("=i", body)[0] if len(body) >= 4 else 0
         if code < 0:
-            raise OSError(-code, os.strerror(-code))
+            number = min(-code, 4095)  # MAX_ERRNO of linux/err.h: os.strerror takes no -INT_MIN
+            raise OSError(number, os.strerror(number))
         if flags & _NLM_F_DUMP_INTR:
             self._whole = False
         if told == _RTM_GETLINK:
