@@ -22,7 +22,9 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias, cast
 
 from ._binding import Binding, Exempt, Refusal, Target
 from ._errors import AiobindError, Attempt, BindError, ConnectError, ResolveError, explained, shown
+from ._interfaces import NoNeighbourError
 from ._plan import Planner
+from ._platform import platform
 from ._policy import RoundRobin
 from ._ports import ANY_PORT, LocalPorts
 from ._race import interleave, race
@@ -50,15 +52,19 @@ _ANY_KIND = (socket.SOL_SOCKET, socket.IPPROTO_IP, socket.IPPROTO_IPV6)
 #: Local ports that one turn of the loop tries at most: 1 ms.
 _TRIES_PER_TURN = 50
 
-#: What connect(2) answers when the source is to blame, and what it means then.
-_SOURCE_ERRNOS = {
+#: What connect(2) answers before it has sent anything. That is the source's fault, and another one may do better.
+_NOT_SENT = {
+    errno.EACCES: "the routing table or a filter of this host prohibits it",
     errno.EADDRINUSE: "no ephemeral port is left for this destination",
-    errno.ENODEV: "the interface is gone",
+    errno.EHOSTUNREACH: "no route to host: the routing table says so",
     errno.EINVAL: "the system lets no packet go there from this source address",
-}
-_ADVICE = {
     errno.ENETUNREACH: "network is unreachable: the source has no route there; is its interface up?",
-    errno.EHOSTUNREACH: "no route to host: nobody answers there on the link; has the interface a carrier?",
+    errno.ENODEV: "the interface is gone",
+    errno.EPERM: "a filter of this host prohibits it",
+}
+_SENT = {
+    errno.EHOSTUNREACH: "no route to host: nobody answers there on the link, or a router says so",
+    errno.ENETUNREACH: "network is unreachable: a router says so",
 }
 
 
@@ -370,11 +376,12 @@ class Dialer:
             try:
                 await self._connect(loop, sock, target, binding)
             except BaseException as error:
+                sent = platform.sent(sock)
                 sock.close()
                 if isinstance(error, AiobindError) or not isinstance(error, OSError):
                     raise
                 if error.errno != errno.EADDRNOTAVAIL:
-                    raise _plain(error) from _bare(error)
+                    raise _plain(error, sent=sent) from _bare(error)
                 failure = failure or _bare(error)
             else:
                 return sock
@@ -398,7 +405,7 @@ class Dialer:
                 try:
                     await connect(loop, sock, target)
                 except OSError as error:
-                    if guard.refusal is None:
+                    if not guard.aborted:
                         raise
                     await guard.confirm(_bare(error))  # it was the guard that ended it
                 await guard.confirm()
@@ -406,7 +413,7 @@ class Dialer:
         if (address, port) == (target.host, target.port) and sock.type == socket.SOCK_STREAM:
             # TCP connects a port to itself where nobody listens and connect(2) happens to choose that very port
             # (simultaneous open, RFC 9293 section 3.5).
-            raise ConnectionRefusedError(errno.ECONNREFUSED, "connected to itself")
+            raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
         if sock.local is not None and str(sock.local).partition("%")[0] != address:
             reason = f"the system connected from {address} instead of {sock.local}; nothing was sent"
             raise BindError(errno.EADDRNOTAVAIL, reason)
@@ -440,12 +447,14 @@ def _bare(error: OSError) -> OSError:
     return error.with_traceback(None)
 
 
-def _plain(error: OSError) -> OSError:
+def _plain(error: OSError, *, sent: bool) -> OSError:
     """Return what connect(2) answered, in plain words, as the source's failure or the target's."""
     number = error.errno or errno.EINVAL
-    if number in _SOURCE_ERRNOS:
-        return BindError(number, _SOURCE_ERRNOS[number])
-    return OSError(number, _ADVICE.get(number) or os.strerror(number).lower())
+    if isinstance(error, NoNeighbourError):
+        return OSError(number, error.strerror)
+    if not sent and number in _NOT_SENT:
+        return BindError(number, _NOT_SENT[number])
+    return OSError(number, _SENT.get(number) or os.strerror(number).lower())
 
 
 def _failure(

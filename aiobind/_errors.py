@@ -169,7 +169,7 @@ def is_sources_fault(error: OSError) -> bool:
         return all(is_sources_fault(attempt.error) for attempt in error.attempts)
     if isinstance(error, ResolveError):
         return error.source is not None  # else it is the destination that has no address
-    return isinstance(error, BindError) or error.errno == _errno.ENETUNREACH
+    return isinstance(error, BindError)
 
 
 def merged(failures: Sequence[AiobindError]) -> AiobindError:

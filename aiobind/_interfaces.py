@@ -27,10 +27,13 @@ if TYPE_CHECKING:
     from ._binding import IPAddress, LinkAddress, Target
     from ._platform.base import Feed, Record
 
-__all__ = ["Guard", "InterfaceTable", "InterfaceWatch", "Interfaces"]
+__all__ = ["Guard", "InterfaceTable", "InterfaceWatch", "Interfaces", "NoNeighbourError"]
 
 #: Datagrams that one turn of the loop reads at most, so that a host with 10,000 addresses stalls nobody.
 _PIECES_PER_TURN = 2
+
+#: After so many seconds the kernel has asked for a neighbour in vain (neighbour discovery: 3 times, one second each).
+_NEIGHBOUR_TIMEOUT = 3.08
 
 
 _Question: TypeAlias = "tuple[str, int, str, tuple[IPAddress, ...] | None, bool]"
@@ -238,6 +241,7 @@ class InterfaceWatch:
         self._interfaces = Interfaces(feed)
         self._waiting: list[asyncio.Future[OSError | None]] = []
         self.guards: set[Guard] = set()
+        self._sweep_is_due = False
         loop.add_reader(feed.fileno(), _on_readable, cast("weakref.ref[InterfaceWatch]", weakref.ref(self)))
         # Not __del__: the collector may run in any thread, and remove_reader belongs to the loop's.
         weakref.finalize(self, _close, loop, feed).atexit = False
@@ -277,6 +281,27 @@ class InterfaceWatch:
         self._interfaces.doubt()
         return await self.caught_up()
 
+    def enter(self, guard: Guard) -> float:
+        """Watch over an attempt; return the time."""
+        self.guards.add(guard)
+        now = self._loop.time()
+        if not self._sweep_is_due:
+            self._sweep_at(now + _NEIGHBOUR_TIMEOUT)
+        return now
+
+    def _sweep_at(self, when: float) -> None:
+        # One timer for all attempts, the oldest one's: none of them pays for one of its own.
+        self._sweep_is_due = True
+        self._loop.call_at(when, _on_sweep, cast("weakref.ref[InterfaceWatch]", weakref.ref(self)))
+
+    def _sweep(self) -> None:
+        """Have the attempts that are old enough look for their neighbour."""
+        self._sweep_is_due = False
+        due = self._loop.time() - _NEIGHBOUR_TIMEOUT
+        young = [guard.began for guard in self.guards if not guard.look_for_neighbour(due)]
+        if young:
+            self._sweep_at(min(young) + _NEIGHBOUR_TIMEOUT)
+
     def _read(self) -> bool:
         """Take in a few pieces of news, and tell those who wait; return whether there may be more."""
         more = True
@@ -302,14 +327,20 @@ class InterfaceWatch:
                 future.set_result(refusal)
 
 
+class NoNeighbourError(OSError):
+    """Nobody answers for the next hop of an attempt."""
+
+
 class Guard:
     """Aborts an attempt whose interface goes down, goes away or loses the address while it is connecting.
 
     The kernel tells a socket in SYN_SENT nothing of that (no event within 4.5 s, Linux 6.18), and ``shutdown`` ends
-    the attempt on every loop: connect fails with ECONNRESET, and `refusal` says why.
+    the attempt on every loop: connect fails with ECONNRESET, and `confirm` says why. Nor does it tell a pinned socket
+    that nobody answers for an IPv6 neighbour, or for any when its address is borrowed: the error comes to it by the
+    loopback interface, which is not the one that it is pinned to. So that is looked up as well.
     """
 
-    __slots__ = ("_borrow", "_link", "_local", "_sock", "_target", "_watch", "refusal")
+    __slots__ = ("_borrow", "_link", "_local", "_sock", "_target", "_watch", "began", "refusal", "silent_hop")
 
     def __init__(
         self,
@@ -327,10 +358,12 @@ class Guard:
         self._local = None if local is None else (local,)
         self._target = target
         self._borrow = borrow
+        self.began: float = 0.0
         self.refusal: Refusal | None = None
+        self.silent_hop: str | None = None
 
     def __enter__(self) -> Self:
-        self._watch.guards.add(self)
+        self.began = self._watch.enter(self)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -344,8 +377,12 @@ class Guard:
 
         Raises:
             BindError: the interface can no longer serve it.
+            NoNeighbourError: EHOSTUNREACH, nobody answers for the next hop.
             OSError: the host's interfaces cannot be read.
         """
+        if self.silent_hop is not None:
+            reason = f"no route to host: nobody answers for {self.silent_hop} on {self._link.name}"
+            raise NoNeighbourError(errno.EHOSTUNREACH, reason) from cause
         if self.refusal is None:
             self.check(self._watch.look() or await self._watch.caught_up())
         if self.refusal is not None:
@@ -361,8 +398,34 @@ class Guard:
             decision = table.bind(name, self._target, self._local, borrow=self._borrow)
         if isinstance(decision, Refusal) and self.refusal is None:
             self.refusal = decision
-            with suppress(OSError):  # it has ended by itself meanwhile
-                self._sock.shutdown(socket.SHUT_RDWR)
+            self._abort()
+
+    def look_for_neighbour(self, due: float) -> bool:
+        """Abort if nobody answers for the next hop; return False if it is too early: the attempt began after *due*."""
+        if self.began > due:
+            return False
+        if self._local is not None and (self._borrow or self._target.family == socket.AF_INET6):
+            with suppress(OSError):
+                source = str(self._local[0]).partition("%")[0]
+                self.silent_hop = platform.silent_hop(self._link.index, self._target.host, source)
+        if self.silent_hop is not None:
+            self._abort()
+        return True
+
+    @property
+    def aborted(self) -> bool:
+        """Whether it was this guard that ended the attempt."""
+        return self.refusal is not None or self.silent_hop is not None
+
+    def _abort(self) -> None:
+        with suppress(OSError):  # it has ended by itself meanwhile
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+
+def _on_sweep(reference: weakref.ref[InterfaceWatch]) -> None:
+    watch = reference()
+    if watch is not None:
+        watch._sweep()  # noqa: SLF001 # pyright: ignore[reportPrivateUsage] - its own callback, without a hard reference
 
 
 def _on_readable(reference: weakref.ref[InterfaceWatch]) -> None:

@@ -316,7 +316,7 @@ def expected(case: Case) -> Left | Failed:
         each = [_to(environment, case.source, device, address, target.zone) for address in target.addresses]
         outcomes.append(_merged(each))
         # The next source is tried when this one itself has failed.
-        if not all(isinstance(one, Failed) and (one.kind == "BindError" or one.errnos == _NO_WAY) for one in each):
+        if not all(isinstance(one, Failed) and one.kind == "BindError" for one in each):
             break
     return _merged(outcomes)
 
@@ -332,7 +332,12 @@ def _merged(outcomes: Sequence[Left | Failed]) -> Left | Failed:
     failed = [outcome for outcome in outcomes if isinstance(outcome, Failed)]
     kinds = {outcome.kind for outcome in failed}
     kind = next(kind for kind in ("silent", "ConnectError", "BindError") if kind in kinds)
-    errnos = {number: None for outcome in failed if kind in ("BindError", outcome.kind) for number in outcome.errnos}
+    errnos = {
+        number: None
+        for outcome in failed
+        if kind in ("BindError", outcome.kind) or outcome.errnos == _NO_WAY
+        for number in outcome.errnos
+    }
     later = sum(outcome.within == NEIGHBOUR for outcome in failed[1:])  # each begins later
     return Failed(kind, tuple(errnos), max(outcome.within for outcome in failed) + LATER * later)
 
@@ -369,7 +374,7 @@ def _to(environment: Environment, source: Source, device: str, target: str, zone
         return _failed("BindError", errno.EADDRNOTAVAIL)
     pinned = None if refused and not zone else device or None  # the zone of a link-local source is a pin as well
     if device == "lo" and version == 6 and not loopback:
-        return _failed("ConnectError", errno.ENETUNREACH)  # the kernel has this route at the other NIC
+        return _failed("BindError", errno.ENETUNREACH)  # the kernel has this route at the other NIC
     if local:
         return Left(("lo",), addresses, True, pinned)
     outcomes = [_routed(environment, address, target, pinned, zone) for address in addresses or ("",)]
@@ -398,13 +403,13 @@ def _routed(environment: Environment, source: str, target: str, pinned: str | No
     version, bound = version_of(target), pinned or zone
     out, on_link = _route(environment, source, target, bound)
     if not out and (version == 6 or not pinned):
-        return _failed("ConnectError", errno.ENETUNREACH)
+        return _failed("BindError", errno.ENETUNREACH)
     device, seen_as = environment.devices[out or bound], _seen_as(out or bound)
     mute = version == 6 and seen_as == "n1" and device.addresses.get(LL) != ""  # it cannot ask for a neighbour
     if zone and mute and not source:
         return _failed("BindError", errno.EADDRNOTAVAIL)
     if not out or mute or device.link != "up" or (on_link and target != GATEWAY_LL):  # no neighbour answers
-        if bound and (version == 6 or source not in device.addresses):  # a socket with a device is not told (6.18)
+        if zone and not pinned:  # a socket with a device is not told (6.18), and nobody watches over this one
             return _failed("silent", 0, within=NEIGHBOUR)
         return _failed("ConnectError", errno.EHOSTUNREACH, within=NEIGHBOUR)
     answered: bool | None = target in (V4, V6, GATEWAY_LL)  # and nobody forwards to any other

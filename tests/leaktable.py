@@ -336,7 +336,7 @@ def _connector(case: Case) -> aiobind.Connector:
     options: dict[str, Any] = {
         "": {},
         "borrow": {"borrow": True},
-        "direct": {"direct": [case.target.host]},
+        "direct": {"direct": [case.target.host.partition("%")[0]]},
         "not strict": {"strict": False},
     }[case.source.option]
     return aiobind.Connector(*case.texts, policy=InOrder(), **options)

@@ -140,6 +140,14 @@ class Platform(Protocol):
         """
         ...
 
+    def sent(self, sock: socket.socket) -> bool:
+        """Return whether *sock* has sent anything; False when nobody can tell."""
+        ...
+
+    def silent_hop(self, ifindex: int, target: str, source: str) -> str | None:
+        """Return the next hop from *source* to *target* by an interface, if nobody answers for it on the link."""
+        ...
+
     def unsent(self, sock: socket.socket) -> bool:
         """Return whether *sock* holds bytes that its peer has not acknowledged; False when nobody can tell."""
         ...

@@ -38,6 +38,14 @@ class Fallback:
             self._refuse("a net! source")
         sock.bind(sockaddr(ip, port or 0))
 
+    def sent(self, sock: socket.socket) -> bool:
+        """Return False: nobody can tell."""
+        return False
+
+    def silent_hop(self, ifindex: int, target: str, source: str) -> str | None:
+        """Return None: nobody can tell."""
+        return None
+
     def unsent(self, sock: socket.socket) -> bool:
         """Return False: nobody can tell."""
         return False

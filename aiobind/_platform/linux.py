@@ -34,6 +34,7 @@ IPV6_FREEBIND = 78
 IP_BIND_ADDRESS_NO_PORT = 24  # Linux 4.2
 IP_LOCAL_PORT_RANGE = 51  # Linux 6.3
 _SIOCOUTQ = 0x5411
+_SEGS_OUT = struct.Struct("=136xI")  # struct tcp_info of linux/tcp.h
 
 #: The widest range; the kernel narrows it to net.ipv4.ip_local_port_range. With a range set it takes ports of both
 #: parities from the start. Without one it looks for even ports only (odd ones are for bind), so that past half of the
@@ -99,6 +100,38 @@ class Linux:
                     raise
                 self._has_port_range = error.errno == errno.EOPNOTSUPP
 
+    def sent(self, sock: socket.socket) -> bool:
+        """Return whether TCP_INFO (tcp(7)) counts any segments (tcpi_segs_out, Linux 4.2)."""
+        try:
+            info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _SEGS_OUT.size)
+        except OSError:  # no TCP socket
+            return False
+        return len(info) == _SEGS_OUT.size and _SEGS_OUT.unpack(info) != (0,)
+
+    def silent_hop(self, ifindex: int, target: str, source: str) -> str | None:
+        """Ask for the route, and for the state of the neighbour that it names (rtnetlink(7))."""
+        family = socket.AF_INET6 if ":" in target else socket.AF_INET
+        host, here = socket.inet_pton(family, target), socket.inet_pton(family, source)
+        # By the source there may be a rule. But then the interface is no more than a wish to the routes of IPv6
+        # (ip6_route_output_flags takes it for a condition only where no source is given).
+        for bits in (len(host) * 8, 0):
+            question = _ROUTE.pack(family, len(host) * 8, bits, 0, 0, 0, 0, 0, 0) + _attribute(_RTA_DST, host)
+            question += _attribute(_RTA_SRC, here) if bits else b""
+            answer = _ask(_RTM_GETROUTE, question + _attribute(_RTA_OIF, _U32.pack(ifindex)))
+            route = dict(_attributes(answer[_ROUTE.size :])) if answer else {}
+            if route.get(_RTA_OIF) == _U32.pack(ifindex):
+                break
+        else:
+            return None
+        hop = route.get(_RTA_GATEWAY, host)
+        if len(hop) != len(host):
+            return None
+        neighbour = _ask(_RTM_GETNEIGH, _NEIGHBOUR.pack(family, ifindex, 0, 0, 0) + _attribute(_NDA_DST, hop))
+        if neighbour is None or len(neighbour) < _NEIGHBOUR.size:
+            return None
+        state = _NEIGHBOUR.unpack_from(neighbour)[2]
+        return socket.inet_ntop(family, hop) if state & (_NUD_INCOMPLETE | _NUD_FAILED) else None
+
     def unsent(self, sock: socket.socket) -> bool:
         """Return whether SIOCOUTQ (tcp(7)) counts any bytes, and there is a connection to send them by."""
         try:
@@ -144,6 +177,9 @@ _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _NLM_F_REQUEST, _NLM_F_DUMP, _NLM_F_DUMP_INTR = 0x1, 0x300, 0x10
 _RTM_NEWLINK, _RTM_DELLINK, _RTM_GETLINK = 16, 17, 18
 _RTM_NEWADDR, _RTM_DELADDR, _RTM_GETADDR = 20, 21, 22
+_RTM_GETROUTE, _RTM_GETNEIGH = 26, 30
+_RTA_DST, _RTA_SRC, _RTA_OIF, _RTA_GATEWAY, _NDA_DST = 1, 2, 4, 5, 1
+_NUD_INCOMPLETE, _NUD_FAILED = 0x01, 0x20
 _IFLA_IFNAME, _IFLA_MASTER, _IFLA_WIRELESS, _IFLA_LINKINFO = 3, 10, 11, 18
 _IFLA_EXT_MASK, _IFLA_PROP_LIST, _IFLA_ALT_IFNAME = 29, 52, 53
 _IFLA_INFO_KIND = 1
@@ -157,6 +193,8 @@ _HEADER = struct.Struct("=IHHII")  # nlmsghdr: length, type, flags, sequence, po
 _ATTRIBUTE = struct.Struct("=HH")  # nlattr: length, type
 _LINK = struct.Struct("=BxHiII")  # ifinfomsg: family, type, index, flags, change
 _ADDRESS = struct.Struct("=BBBBI")  # ifaddrmsg: family, prefix length, flags, scope, index
+_ROUTE = struct.Struct("=BBBBBBBBI")  # rtmsg
+_NEIGHBOUR = struct.Struct("=B3xiHBB")  # ndmsg: family, index, state, flags, type
 _U32 = struct.Struct("=I")
 _MEMINFO = struct.Struct("=I28xI")  # of nine numbers the first, SK_MEMINFO_RMEM_ALLOC, and the last, SK_MEMINFO_DROPS
 
@@ -308,6 +346,19 @@ def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
             return
         yield kind & _NLA_TYPE_MASK, data[at + _ATTRIBUTE.size : at + length]
         at += -(-length // 4) * 4
+
+
+def _attribute(kind: int, value: bytes) -> bytes:
+    return _ATTRIBUTE.pack(_ATTRIBUTE.size + len(value), kind) + value
+
+
+def _ask(kind: int, body: bytes) -> bytes | None:
+    """Return what the kernel answers to one question, which it does before it returns from it; None: an error."""
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, 0) as sock:
+        sock.sendto(_HEADER.pack(_HEADER.size + len(body), kind, _NLM_F_REQUEST, 1, 0) + body, (0, 0))
+        for answer, _, _, data in messages(sock.recv(_PIECE)):
+            return None if answer == _NLMSG_ERROR else data
+    return None
 
 
 def _text(value: bytes) -> str:
