@@ -311,6 +311,70 @@ async def test_what_changes_between_the_decision_and_the_connect(
     assert not [packet for packet in witness.packets() if packet.destination == V4]
 
 
+# ── what the kernel tells, and what it does not ──
+
+
+async def test_a_neighbour_that_does_not_answer(lab: Lab, witness: Witness) -> None:
+    """The kernel tells a pinned socket of it for IPv4 only, and not where the address is borrowed."""
+    lab.near.ip(
+        "route del ::/0 dev n1",  # else the kernel turns to that router when the other one does not answer
+        "route replace 2001:db8:aaaa::/64 via 2001:db8:1::dead dev n1",
+        "addr flush dev n2 scope global",
+        "route add 192.0.2.0/24 dev n2",
+        "neigh add 2001:db8:1::beef lladdr 02:00:00:00:00:99 dev n1",
+    )
+
+    async def failure(host: str, source: str, **options: Any) -> OSError | None:
+        try:
+            async with asyncio.timeout(4.5):
+                (await aiobind.connect(host, 80, source=source, **options)).close()
+        except TimeoutError:
+            return None
+        except OSError as error:
+            return error
+        raise AssertionError("nobody is there")
+
+    *silent, gone, black_hole = await asyncio.gather(
+        failure("2001:db8:1::77", "if!n1"),
+        failure("2001:db8:aaaa::7", "if!n1"),  # the gateway
+        failure("192.0.2.7", "if!n2", borrow=True),
+        failure("198.18.1.77", "if!n1"),
+        failure("2001:db8:1::beef", "if!n1"),  # somebody is there, and swallows it all
+    )
+    for error in (*silent, gone):
+        assert isinstance(error, aiobind.ConnectError)
+        assert error.errno == errno.EHOSTUNREACH
+    for error, hop in zip(silent, ("2001:db8:1::77 on n1", "2001:db8:1::dead on n1", "192.0.2.7 on n2"), strict=True):
+        assert f"nobody answers for {hop}" in str(error)
+    assert black_hole is None
+    assert {packet.destination for packet in witness.packets() if packet.syn} == {"2001:db8:1::beef"}
+
+
+async def test_a_way_that_this_host_does_not_have_is_the_sources_failure(
+    lab: Lab, far: list[socket.socket], witness: Witness
+) -> None:
+    """The kernel says the same of itself and for a router; only then something was sent."""
+    lab.near.ip("route del default dev n1", "route del ::/0 dev n1")
+    lab.far.sysctl("ipv6.conf.all.forwarding", 1)
+    async with aiobind.Connector("if!n1", "if!n2", policy=InOrder()) as connector:
+        with await connector.connect(V6, 80) as sock:
+            assert aiobind.bound_source(sock).interface == "n2"
+        with pytest.raises(aiobind.BindError, match="the source has no route there") as caught:
+            await connector.connect(V6, 80, source="if!n1")
+        assert caught.value.errno == errno.ENETUNREACH
+    assert {nic for nic, _, _ in connections(witness)} == {"n2"}
+    async with aiobind.Connector("if!n2", "if!n0", policy=InOrder()) as connector:
+        with pytest.raises(aiobind.ConnectError, match="a router says so") as refused:
+            await connector.connect("2001:db8:dddd::7", 80)
+        assert refused.value.errno == errno.ENETUNREACH
+    assert {nic for nic, _, _ in connections(witness)} == {"n2"}
+
+
+class InOrder:
+    def order(self, sources: Any, host: str) -> Any:
+        return sources
+
+
 @pytest.mark.parametrize("source", ["127.0.0.2", "if!lo"])
 async def test_a_local_address_that_is_not_the_promised_one(
     namespace: Namespace, monkeypatch: pytest.MonkeyPatch, source: str

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import leakmodel
@@ -16,7 +17,6 @@ from conftest import _need_lab
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 pytestmark = pytest.mark.timeout(400)  # the first test waits for all of it: 40 s with two idle cores
 
@@ -66,6 +66,12 @@ def test_the_command_tells_what_came_of_it(run: tuple[subprocess.CompletedProces
     assert not done.stderr
     figures = {line[:20].strip(): line[20:].split() for line in done.stdout.splitlines() if line[:20].strip()}
     assert int(figures["aiobind"][0]) == len(leakmodel.selection())
+
+
+def test_the_readme_has_the_table() -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    for part in leakmodel.table().strip().split("\n\n"):
+        assert part in readme
 
 
 def test_peers_leak_where_aiobind_does_not(run: tuple[subprocess.CompletedProcess[str], list[Row]]) -> None:
