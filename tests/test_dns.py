@@ -749,8 +749,20 @@ def test_servers_are_given_by_address(servers: Sequence[str], words: str) -> Non
         aiobind.Connector("if!n0", dns=servers)
 
 
-def test_without_dnspython() -> None:
-    program = "import sys; sys.modules['dns'] = None\nimport aiobind, aiobind.aiohttp\nimport aiobind.dns"
+@pytest.mark.parametrize(
+    "use", ["import aiobind.dns", "Connector('if!n0', dns='source')", "BoundTCPConnector('if!n0', dns=('192.0.2.53',))"]
+)
+def test_without_dnspython(use: str) -> None:
+    program = f"""if True:
+        import sys, asyncio
+        sys.modules['dns'] = None
+        from aiobind import Connector
+        from aiobind.aiohttp import BoundTCPConnector
+        async def main():
+            Connector('if!n0'), await BoundTCPConnector('if!n0').close()
+            {use}
+        asyncio.run(main())
+        """
     run = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=False
     )
