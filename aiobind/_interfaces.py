@@ -127,8 +127,7 @@ class InterfaceTable:
             return Refusal(errno.ENODEV, self._no_such_link(name))
         master = self._links.get(link.master)
         decision = bind_on_link(link, target, self.own, local, master=master, borrow=borrow)
-        # Through the loopback interface it depends on the very address of the target.
-        if cacheable and not link.loopback:
+        if cacheable:
             self._decisions[key] = decision
         return decision
 
