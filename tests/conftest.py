@@ -25,6 +25,7 @@ from anyio.pytest_plugin import extract_backend_and_options, get_runner
 from blockbuster import BlockBuster
 from blockbuster.blockbuster import BlockBusterFunction
 
+from aiobind import _ports
 from aiobind import lab as aiobind_lab
 
 if TYPE_CHECKING:
@@ -139,6 +140,16 @@ if sys.version_info >= (3, 12):
 def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
     """Run every ``@pytest.mark.anyio`` test on every loop."""
     return "asyncio", request.param
+
+
+# --- what no test leaves to the next ----------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def no_lingering_claims() -> None:
+    """Forget the pinned sockets that were closed with bytes left to send: each test has NICs and servers of its own."""
+    while _ports._lingering:
+        _ports.release(_ports._lingering.popleft()[1])
 
 
 # --- what no test may do ------------------------------------------------------------------------------------

@@ -154,17 +154,12 @@ TARGET = Target.of(ip_address("198.51.100.1"), 443)
 @pytest.fixture(autouse=True)
 def no_claim_left() -> Iterator[None]:
     gc.collect()
-    end_lingering()
     claims(drop=True)
     yield
     gc.collect()
-    end_lingering()
+    _ports._ended.extend(claim for _, claim in _ports._lingering)
+    _ports._lingering.clear()
     assert claims() == {}
-
-
-def end_lingering() -> None:
-    while _ports._lingering:
-        release(_ports._lingering.popleft()[1])
 
 
 def claims(*, drop: bool = False) -> dict[Any, int]:
