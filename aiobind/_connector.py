@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ._dial import Dialer
@@ -13,7 +14,7 @@ from ._sockets import handed_over
 
 if TYPE_CHECKING:
     import ssl as ssl_module
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager
     from types import TracebackType
     from typing import Self
@@ -41,7 +42,7 @@ def make_dialer(
         raise NotImplementedError("fast_connect=True is not available yet; leave it at its default")
     if dns == "system":
         return Dialer(sources, ttl=ttl, **options)
-    if isinstance(dns, str) and dns != "source":
+    if dns != "source" and (isinstance(dns, (str, bytes)) or not isinstance(dns, Iterable)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(
             f'dns is "system", "source" or a sequence of addresses, as in dns=("192.0.2.53",), not {dns!r}'
         )
@@ -67,13 +68,14 @@ class Connector:
         local_ports: the local ports to connect from, as in ``range(40000, 40100)``; default: the automatic range
             (net.ipv4.ip_local_port_range). Within that the kernel chooses (IP_LOCAL_PORT_RANGE, Linux 6.3); outside, or
             where some are in net.ipv4.ip_local_reserved_ports, each connection is given one, shared among destinations,
-            and up to 1,000 are tried. On such ports no other process's connection can take the 4-tuple of ours.
+            and up to 1,000 are tried. On such ports no other process's connection can take the 4-tuple of ours. UDP
+            queries for names leave from any port.
         socket_options: ``(level, option, value)`` to set on each socket before it is bound and connected.
         dns: who is asked for names: ``"system"``, the operating system's resolver, which goes its own way, outside the
             pin; ``"source"``, the servers of ``/etc/resolv.conf``, from the source of the connection; or the addresses
             of servers, as in ``("192.0.2.53",)``, likewise. The last two need the extra ``aiobind[dns]``, and heed
             ``/etc/hosts`` and the search list. A name in ``ifhost!`` is asked for through its interface; that of
-            ``host!``, which has none, by whatever way the routing table names.
+            ``host!``, which has none, by whatever way the routing table names. Servers are asked at port 53.
         strict: False: where the pin to an interface is not permitted (EPERM: Linux before 5.7 without CAP_NET_RAW, a
             sandbox), bind one of the interface's addresses alone, as curl does. Egress is not promised then: it is
             logged once as a warning, and ``bound_source(...).interface`` is None.
@@ -81,7 +83,8 @@ class Connector:
             address on ``lo``), where the pinned one has none that serves; ``ifhost!`` takes any. The pin stays.
         direct: hosts and networks that are exempt from every source, as in ``("localhost", "127.0.0.0/8")``: they are
             connected to as if there was no aiobind, and ``bound_source(...).interface`` is None. A host is exempt under
-            that very name, a network by address. DNS servers never are.
+            that very name, which the operating system looks up whatever *dns* says; a network by address. DNS servers
+            never are.
         fast_connect: reserved; only the default is available yet.
         ttl_dns_cache: how long the addresses of a name (of a destination or of a ``host!`` source) are kept, in
             seconds. 0 asks each time, None keeps them for as long as the loop lives. With ``dns`` not for longer than
@@ -89,8 +92,9 @@ class Connector:
 
     Raises:
         InvalidSource: a text names no source.
-        TypeError: no source was named, or something else than texts and sources; or an option of a wrong type.
-        ValueError: a source was named twice; or an option that makes no sense.
+        TypeError: no source was named, or something else than texts and sources; or *local_ports* or *direct* is of a
+            wrong type.
+        ValueError: a source was named twice; or *local_ports*, *direct* or *dns* makes no sense.
         ImportError: *dns* needs ``aiobind[dns]``.
         NotImplementedError: an option was used that is not available yet.
 

@@ -144,7 +144,7 @@ class Dialer:
         # Sources pinned from outside the list live as long as somebody connects from them, or is connected.
         self._guests: weakref.WeakValueDictionary[Source, Origin] = weakref.WeakValueDictionary()
         self._policy: Policy = RoundRobin() if policy is None else policy
-        self._options = tuple(socket_options)
+        self._options = tuple((level, name, value) for level, name, value in socket_options)
         self._pooled = pooled
         self._ports = LocalPorts(local_ports) if local_ports is not None else ANY_PORT
         self._strict = strict

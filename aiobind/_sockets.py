@@ -34,6 +34,7 @@ __all__ = [
     "connect",
     "finders",
     "handed_over",
+    "is_own",
     "open_bound",
 ]
 
@@ -309,6 +310,11 @@ def _kernels_choice(device: str | None, target: Target, options: Sequence[Socket
             return ip_address(probe.getsockname()[0].partition("%")[0])
     except OSError:  # no route: connect will say so
         return None
+
+
+def is_own(target: Target) -> bool:
+    """Return whether *target* is this host itself: from an address of its own the kernel goes to that very address."""
+    return target.reach == "loopback" or _kernels_choice(None, target, ()) == ip_address(target.host)
 
 
 def _bind(sock: BoundSocket, ip: IPAddress, target: Target, port: int | None, *, freebind: bool) -> None:

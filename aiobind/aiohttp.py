@@ -181,16 +181,18 @@ class BoundTCPConnector(aiohttp.TCPConnector):
         local_ports, dns, strict, borrow, direct, fast_connect: as for ``aiobind.Connector``.
         socket_options: as for ``aiobind.Connector``.
         use_dns_cache: keep the addresses of names, of destinations as well as of ``host!`` sources.
-        ttl_dns_cache: for how long, in seconds; None for ever.
+        ttl_dns_cache: for how long, in seconds; None for as long as the loop lives. With *dns* not for longer than the
+            answer itself says.
         resolver: one of aiohttp's resolvers, for destinations; default: the operating system's, in threads that
             neither block each other nor hold the end of the program.
         **keywords: every other keyword of ``aiohttp.TCPConnector``.
 
     Raises:
         InvalidSource: a text names no source.
-        TypeError: no source was named; or ``local_addr`` or ``socket_factory``, whose place the source takes; or an
-            option of a wrong type.
-        ValueError: a source was named twice; or ``dns`` and ``resolver`` together; or an option that makes no sense.
+        TypeError: no source was named; or ``local_addr`` or ``socket_factory``, whose place the source takes; or
+            *local_ports* or *direct* is of a wrong type.
+        ValueError: a source was named twice; or ``dns`` and ``resolver`` together; or *local_ports*, *direct* or *dns*
+            makes no sense.
         ImportError: *dns* needs ``aiobind[dns]``.
         NotImplementedError: an option was used that is not available yet.
 
@@ -260,7 +262,10 @@ class BoundTCPConnector(aiohttp.TCPConnector):
         return self._caches_names
 
     def clear_dns_cache(self, host: str | None = None, port: int | None = None) -> None:
-        """Drop the addresses that are kept: of *host* at *port*, or all."""
+        """Drop the addresses of destinations that are kept: of *host* at *port*, or all.
+
+        What the operating system has said of the names in ``host!`` and in *direct* stays for its time.
+        """
         super().clear_dns_cache(host, port)
         self._dialer.forget(host)
 

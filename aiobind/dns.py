@@ -1,5 +1,7 @@
 """Law: whatever is asked of DNS for a connection leaves by a socket of its source, or is not asked.
 
+The name of a ``host!`` source, which has no address before, is asked for by the way that the routing table names.
+
     files      /etc/hosts and /etc/resolv.conf, read in a thread, and again when they have changed
     names      the search list and ndots of resolv.conf(5); localhost is never asked for (RFC 6761 section 6.3)
     ask        A and AAAA at the same time; dnspython speaks to the servers, by UDP and by TCP when that was truncated
@@ -41,6 +43,7 @@ except ImportError as error:
 from ._binding import Target
 from ._errors import BindError, ResolveError, is_sources_fault, quoted
 from ._resolve import Resolved, in_thread, literal
+from ._sockets import is_own
 from ._sources import Interface
 
 if TYPE_CHECKING:
@@ -170,6 +173,8 @@ def _name(host: str) -> dns.name.Name:
     try:
         if len(host) > 254:  # RFC 1035 section 2.3.4, and the dot
             raise ValueError("it is too long")
+        if "\\" in host:  # from_text takes "\\097" for "a" (RFC 1035 section 5.1); nobody else does
+            raise ValueError("it holds what no host name does")
         name = dns.name.from_text(host, None)
         labels = _labels(name)
         if not labels or not all(map(_LABEL.fullmatch, labels)):
@@ -301,11 +306,11 @@ class _Server(dns.nameserver.Nameserver):
             if target.reach != "loopback" or error.errno != errno.ENETUNREACH:
                 raise
             raise BindError(errno.ENETUNREACH, f"{error.strerror}; {self._advice()}") from None
-        if target.reach == "loopback" and self._via is not None and not self._named:
+        if self._via is not None and not self._named and is_own(target):
             local = sock.getsockname()[0]
             if not ip_address(local).is_loopback:
                 sock.close()
-                raise BindError(errno.ENETUNREACH, f"it is on this host's loopback; {self._advice()}")
+                raise BindError(errno.ENETUNREACH, f"it is on this host itself; {self._advice()}")
         return sock
 
     def _advice(self) -> str:
@@ -388,8 +393,8 @@ class SourceLookup:
 
     Args:
         reach: makes the sockets.
-        servers: the addresses of the servers; None: those of ``/etc/resolv.conf``. Its search list and its options are
-            heeded in either case.
+        servers: the addresses of the servers; None: those of ``/etc/resolv.conf``. Its search list and its options
+            (ndots, timeout, attempts, rotate, edns0, use-vc) are heeded in either case.
         ttl: the longest time in seconds for which an answer is kept; None: as long as the answer itself says; 0: not
             at all.
 
@@ -406,8 +411,10 @@ class SourceLookup:
                     "dns=() names no server: give the addresses of some, or 'source' for those of the system"
                 )
             for server in servers:
-                if not _is_ip(server):
-                    raise ValueError(f"a DNS server is given by its address, and {quoted(server)} is none")
+                if not isinstance(server, str) or not _is_ip(server):  # pyright: ignore[reportUnnecessaryIsInstance]
+                    raise ValueError(
+                        f"a DNS server is given by its address as a text, and {quoted(str(server))} is none"
+                    )
             servers = tuple(servers)
         self._reach = reach
         self._servers = servers
@@ -522,7 +529,9 @@ class SourceLookup:
                     if kept and pending:  # the other family arrives for those who ask later
                         await asyncio.wait(pending)
                         if self._kept.get(key) is kept:
-                            self._kept[key] = self._joined(_answers(asking))
+                            joined = self._joined(_answers(asking))
+                            # What came first has aged meanwhile.
+                            self._kept[key] = joined._replace(until=min(kept.until, joined.until))
                     return
                 for task in asking:
                     if isinstance(result := task.result(), OSError):

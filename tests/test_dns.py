@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -320,6 +321,39 @@ async def test_a_stub_on_the_loopback_cannot_be_asked_from_a_source(
     assert not questions(witness)
 
 
+#: Sources, and servers at addresses of this host that they can reach.
+OWN = [
+    ("if!n1", "198.18.1.2"),
+    ("if!n1", "2001:db8:1::2"),
+    ("ifhost!n1!198.18.1.2", "198.18.1.2"),
+    ("198.18.1.2", "198.18.1.2"),
+    ("198.18.2.2", "198.18.1.2"),
+]
+
+
+@pytest.fixture
+def own_dns(lab: Lab) -> Iterator[DnsServer]:
+    """A server of this host, at an address of its own."""
+    lab.near.sysctl("ipv4.ip_unprivileged_port_start", 0)
+    with DnsServer("198.18.1.2", "2001:db8:1::2", namespace=lab.near) as server:
+        server.add("some.test", "192.0.2.1")
+        yield server
+
+
+async def test_a_server_of_this_host_is_asked_where_it_is_named_only(
+    own_dns: DnsServer, resolv_conf: Callable[..., None]
+) -> None:
+    for via, server in OWN:
+        own_dns.queries.clear()
+        resolv_conf(f"nameserver {server}\n", hosts=HOSTS)
+        with lookup() as made, pytest.raises(aiobind.BindError, match="this host itself") as caught:
+            await find(made, "some.test", aiobind.parse_source(via))
+        assert caught.value.errno == errno.ENETUNREACH
+        assert not own_dns.queries
+        with lookup(server) as made:
+            assert await find(made, "some.test", aiobind.parse_source(via)) == ("192.0.2.1",)
+
+
 async def test_a_stub_may_be_named_and_a_loopback_source_may_ask_it(
     near_dns: DnsServer, resolv_conf: Callable[..., None]
 ) -> None:
@@ -497,6 +531,8 @@ IMPOSSIBLE = [
     "a b.test",
     "a\\.b.test",
     "a\\000b.test",
+    "\\097.test",  # "a.test", as zone files spell it
+    "\\108ocalhost",
     "*.test",
     "x.onion",
     "X.Onion.",
@@ -742,6 +778,8 @@ async def test_whatever_happens_is_told(dns: DnsServer, monkeypatch: pytest.Monk
         (("192.0.2.53", "dns.test"), "'dns.test'"),
         (("192.0.2.53:53",), "'192.0.2.53:53'"),
         (("",), "''"),
+        ((5,), "'5'"),
+        ((b"\1\1\1\1",), "text"),
     ],
 )
 def test_servers_are_given_by_address(servers: Sequence[str], words: str) -> None:
@@ -769,6 +807,77 @@ def test_without_dnspython(use: str) -> None:
     assert run.returncode == 1
     assert "ImportError: aiobind.dns needs dnspython" in run.stderr
     assert 'pip install "aiobind[dns]"' in run.stderr
+
+
+# --- forgeries ----------------------------------------------------------------------------------------------
+
+
+def _a(name: bytes, address: str) -> bytes:
+    return name + struct.pack("!HHIH", 1, 1, 60, 4) + socket.inet_aton(address)
+
+
+def _wire(name: str) -> bytes:
+    return b"".join(bytes((len(label),)) + label.encode() for label in name.split(".")) + b"\0"
+
+
+def _forgeries(query: bytes) -> Iterator[bytes]:
+    """Answers to a question for an A record that are not to be believed, and then the right one."""
+    question = query[12 : query.index(b"\0", 12) + 5]
+    name, kind, pointer = question[:-4], question[-4:], b"\xc0\x0c"
+    right, wrong = query[:2], bytes((query[0] ^ 1, query[1]))
+
+    def head(number: bytes, flags: int = 0x8180, questions: int = 1, answers: int = 1) -> bytes:
+        return number + struct.pack("!5H", flags, questions, answers, 0, 0)
+
+    yield head(wrong) + question + _a(pointer, "192.0.2.102")
+    yield head(right) + _wire("evil.test") + kind + _a(pointer, "192.0.2.103")
+    yield head(right, 0x0180) + question + _a(pointer, "192.0.2.104")  # no answer, but a question
+    yield right + b"junk"
+    yield b""
+    yield head(wrong, 0x8380, answers=0) + question  # truncated
+    yield head(right, questions=0) + _a(name, "192.0.2.105")
+    foreign = _a(_wire("evil.test"), "192.0.2.106"), _a(_wire("www.some.test"), "192.0.2.107")
+    yield head(right, answers=3) + question + foreign[0] + _a(pointer, "192.0.2.1") + foreign[1]
+
+
+@pytest.fixture
+def forger(resolv_conf: Callable[..., None]) -> Iterator[list[int]]:
+    """A server on 127.0.0.1, and somebody on 127.0.0.2 who is faster; the ports from which it was asked."""
+    resolv_conf("nameserver 127.0.0.1\noptions timeout:1 attempts:1\n")
+    ports: list[int] = []
+
+    def serve() -> None:
+        while len(query := (received := server.recvfrom(512))[0]) > 12:
+            peer = received[1]
+            ports.append(peer[1])
+            if query[query.index(b"\0", 12) + 2] == 28:  # AAAA: nothing
+                server.sendto(query[:2] + struct.pack("!5H", 0x8180, 1, 0, 0, 0) + query[12:], peer)
+                continue
+            *forged, right = _forgeries(query)
+            stranger.sendto(right.replace(socket.inet_aton("192.0.2.1"), socket.inet_aton("192.0.2.101")), peer)
+            for answer in (*forged, right):
+                server.sendto(answer, peer)
+
+    with (
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger,
+    ):
+        server.bind(("127.0.0.1", 53))
+        stranger.bind(("127.0.0.2", 53))
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield ports
+        stranger.sendto(b"", ("127.0.0.1", 53))
+        thread.join()
+
+
+async def test_forged_answers_are_not_believed(forger: list[int]) -> None:
+    with lookup() as made:
+        for _ in range(5):
+            assert await find(made, "some.test") == ("192.0.2.1",)
+            assert {key[1] for key in made._kept} == {"some.test"}
+            made.forget()
+    assert len(set(forger)) > 5  # a fresh port for each query, one of 28,000
 
 
 # --- the cache ----------------------------------------------------------------------------------------------
@@ -1024,6 +1133,19 @@ async def test_a_late_family_that_fails_changes_nothing(dns: DnsServer, clock: S
     assert dns.queries["half.test", "A"] == 1
 
 
+@pytest.mark.parametrize("rcode", [0, SERVFAIL])
+async def test_a_late_family_makes_no_answer_younger(dns: DnsServer, clock: SimpleNamespace, rcode: int) -> None:
+    dns.add("half.test", "192.0.2.1", "2001:db8::1", delay={"AAAA": inf}, rcode={"AAAA": rcode}, ttl=5)
+    with lookup() as made:
+        assert await find(made, "half.test") == ("192.0.2.1",)
+        clock.now += 4
+        dns.release("half.test")
+        await until(lambda: not made._tasks)
+        clock.now += 2
+        await find(made, "half.test")
+    assert dns.queries["half.test", "A"] == 2
+
+
 # --- through the doors --------------------------------------------------------------------------------------
 
 
@@ -1212,6 +1334,6 @@ async def test_aiohttps_cache_options_are_honoured(
 
 @pytest.mark.parametrize("connector", [aiobind.Connector, BoundTCPConnector])
 async def test_what_dns_may_be(connector: Any) -> None:
-    for wrong in ((), ("dns.test",), "192.0.2.53", "sources", ""):
+    for wrong in ((), ("dns.test",), "192.0.2.53", "sources", "", None, 5, b"\1\1\1\1"):
         with pytest.raises(ValueError, match="dns"):
             connector("if!n1", dns=wrong)
