@@ -14,6 +14,7 @@ The whole in one page. Each row imports only rows below it::
     _resolve   _ports                    names, off the loop; local ports
     _platform   _sources                 the operating system, one file each; the grammar of sources
     _binding   _errors                   values: decisions, failures
+    _advice                              what to say of an errno
 
 One connect: the destination becomes targets (``_dial.targets``); the policy orders the sources (``_dial.route``); for
 the first of them each target gets a binding or a refusal (``_plan``, by the rules of ``_binding``); what is left is

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeAlias
 
+from ._advice import advice
+
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable
     from ipaddress import IPv4Network
@@ -115,7 +117,7 @@ class Link:
     altnames: tuple[str, ...] = ()
     up: bool = True
     carrier: bool = True
-    #: by their text, as ``getsockname`` spells it
+    #: by their text
     addresses: dict[str, LinkAddress] = field(default_factory=dict[str, LinkAddress])
 
 
@@ -124,6 +126,18 @@ def listed(things: Iterable[object]) -> str:
     texts = [str(thing) for thing in things]
     more = len(texts) - _LISTED
     return ", ".join(texts) if more <= 0 else f"{', '.join(texts[:_LISTED])} and {more} more"
+
+
+def _no_source(ip: IPAddress) -> str:
+    """Return why no connection comes from *ip*, which only a name can stand for: the grammar refuses it."""
+    if ip.is_multicast:
+        return "multicast"
+    if ip.is_unspecified:
+        return "wildcard"
+    return "broadcast" if ip == _BROADCAST else ""
+
+
+_BROADCAST = IPv4Address("255.255.255.255")
 
 
 def _version(target: Target) -> int:
@@ -151,10 +165,20 @@ def bind_any(
     same = tuple(ip for ip in local if ip.version == version)
     if not same:
         return Refusal(errno.EADDRNOTAVAIL, f"the source has no IPv{version} address (it has {listed(local)})")
+    sources = tuple(ip for ip in same if not _no_source(ip))
+    if not sources:
+        text = advice("bind", errno.EADDRNOTAVAIL, "multicast", subject=same[0], what=_no_source(same[0]))
+        return Refusal(errno.EADDRNOTAVAIL, text or "")
+    if version == 6 and target.reach == "global" and target.host not in own:
+        same, sources = sources, tuple(ip for ip in sources if not ip.is_link_local)
+        if not sources:
+            return Refusal(errno.EADDRNOTAVAIL, f"the link-local address {same[0]} reaches no further than its link")
     # Measured: from ::1 the kernel sends SYNs to other hosts, which can never answer.
-    usable = tuple(ip for ip in same if not ip.is_loopback or target.reach == "loopback" or target.host in own)
+    usable = tuple(ip for ip in sources if not ip.is_loopback or target.reach == "loopback" or target.host in own)
     if not usable:
-        return Refusal(errno.ENETUNREACH, f"from the loopback address {same[0]} only this host itself can be reached")
+        return Refusal(
+            errno.ENETUNREACH, f"from the loopback address {sources[0]} only this host itself can be reached"
+        )
     return Binding(device, usable, freebind)
 
 
@@ -216,7 +240,11 @@ def _no_way(link: Link, target: Target, own: Container[str]) -> Refusal | None:
     elif target.reach == "loopback":
         # Measured: the kernel would ask for 127.0.0.1 by ARP on the wire of that interface.
         return Refusal(errno.ENETUNREACH, f"a loopback address cannot be reached through {link.name}")
-    elif target.reach == "global" and target.host in own and target.host not in link.addresses:
+    elif (
+        (target.reach == "global" or target.family == socket.AF_INET)  # fe80::1 may be an address of many links
+        and target.host in own
+        and target.host not in link.addresses
+    ):
         # Measured: SYNs leave by that interface, and nobody out there can answer for an address of this host.
         return Refusal(errno.ENETUNREACH, f"{target.host} is this host's own address, but not one of {link.name}")
     return None

@@ -82,7 +82,7 @@ class Connector:
         borrow: the source address may belong to another interface of this host (unnumbered links, WireGuard, PPP, an
             address on ``lo``), where the pinned one has none that serves; ``ifhost!`` takes any. The pin stays.
         direct: hosts and networks that are exempt from every source, as in ``("localhost", "127.0.0.0/8")``: they are
-            connected to as if there was no aiobind, and ``bound_source(...).interface`` is None. A host is exempt under
+            connected to as the routing table has it, and ``bound_source(...).interface`` is None. A host is exempt by
             that very name, which the operating system looks up whatever *dns* says; a network by address. DNS servers
             never are.
         fast_connect: reserved; only the default is available yet.

@@ -18,8 +18,10 @@ import os
 import socket
 import weakref
 from functools import partial
+from ipaddress import ip_address
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias, cast
 
+from ._advice import advice
 from ._binding import Binding, Exempt, Refusal, Target
 from ._errors import AiobindError, Attempt, BindError, ConnectError, ResolveError, explained, shown
 from ._interfaces import NoNeighbourError
@@ -51,21 +53,6 @@ _ANY_KIND = (socket.SOL_SOCKET, socket.IPPROTO_IP, socket.IPPROTO_IPV6)
 
 #: Local ports that one turn of the loop tries at most: 1 ms.
 _TRIES_PER_TURN = 50
-
-#: What connect(2) answers before it has sent anything. That is the source's fault, and another one may do better.
-_NOT_SENT = {
-    errno.EACCES: "the routing table or a filter of this host prohibits it",
-    errno.EADDRINUSE: "no ephemeral port is left for this destination",
-    errno.EHOSTUNREACH: "no route to host: the routing table says so",
-    errno.EINVAL: "the system lets no packet go there from this source address",
-    errno.ENETUNREACH: "network is unreachable: the source has no route there; is its interface up?",
-    errno.ENODEV: "the interface is gone",
-    errno.EPERM: "a filter of this host prohibits it",
-}
-_SENT = {
-    errno.EHOSTUNREACH: "no route to host: nobody answers there on the link, or a router says so",
-    errno.ENETUNREACH: "network is unreachable: a router says so",
-}
 
 
 class SourceStats(NamedTuple):
@@ -387,8 +374,9 @@ class Dialer:
                 return sock
         assert failure is not None
         try:
+            # One errno for that, the one of connect(2), whichever call it was that found none.
             reason = f"no source address or {ports} is left for this destination"
-            raise BindError(failure.errno or errno.EADDRNOTAVAIL, reason) from failure
+            raise BindError(errno.EADDRNOTAVAIL, reason) from failure
         finally:
             del failure  # which would hold this very frame
 
@@ -414,12 +402,14 @@ class Dialer:
             # TCP connects a port to itself where nobody listens and connect(2) happens to choose that very port
             # (simultaneous open, RFC 9293 section 3.5).
             raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
-        if sock.local is not None and str(sock.local).partition("%")[0] != address:
-            reason = f"the system connected from {address} instead of {sock.local}; nothing was sent"
+        promised = str(sock.local).partition("%")[0]
+        # The text of ::/96 differs between Python and C.
+        if sock.local is not None and promised != address and ip_address(promised) != ip_address(address):
+            reason = f"the system connected from {address} instead of {promised}; no data was sent"
             raise BindError(errno.EADDRNOTAVAIL, reason)
         if port not in self._ports and sock.type == socket.SOCK_STREAM:
             self._ports.doubt()
-            reason = f"the system connected from {port}, which is no {self._ports}; nothing was sent"
+            reason = f"the system connected from {port}, which is no {self._ports}; no data was sent"
             raise BindError(errno.EADDRNOTAVAIL, reason)
 
 
@@ -452,9 +442,10 @@ def _plain(error: OSError, *, sent: bool) -> OSError:
     number = error.errno or errno.EINVAL
     if isinstance(error, NoNeighbourError):
         return OSError(number, error.strerror)
-    if not sent and number in _NOT_SENT:
-        return BindError(number, _NOT_SENT[number])
-    return OSError(number, _SENT.get(number) or os.strerror(number).lower())
+    text = None if sent else advice("connect", number)
+    if text is not None:  # nothing was sent: that is the source's fault, and another one may do better
+        return BindError(number, text)
+    return OSError(number, advice("answer", number) or os.strerror(number).lower())
 
 
 def _failure(

@@ -97,12 +97,12 @@ class ResolveError(AiobindError, socket.gaierror):
 
 
 class BindError(AiobindError):
-    """The source itself failed; nothing was sent to the destination.
+    """The source itself failed; no data was sent to the destination.
 
     ``errno`` is one of: EPERM (the device pin was refused), ENODEV (no such interface), EADDRNOTAVAIL
     (the address is not usable here, the source has none of the destination's family, or no port is left), EADDRINUSE,
     EINVAL, ENETUNREACH (the source has no way to the destination), EHOSTUNREACH (its interface has no carrier),
-    EOPNOTSUPP (this platform cannot do it yet).
+    EACCES (a privileged port, or a route or filter that prohibits it), EOPNOTSUPP (this platform cannot do it yet).
     """
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import math
 import socket
 import weakref
 from contextlib import suppress
@@ -339,7 +340,18 @@ class Guard:
     loopback interface, which is not the one that it is pinned to. So that is looked up as well.
     """
 
-    __slots__ = ("_borrow", "_link", "_local", "_sock", "_target", "_watch", "began", "refusal", "silent_hop")
+    __slots__ = (
+        "_borrow",
+        "_link",
+        "_local",
+        "_looked",
+        "_sock",
+        "_target",
+        "_watch",
+        "began",
+        "refusal",
+        "silent_hop",
+    )
 
     def __init__(
         self,
@@ -357,6 +369,7 @@ class Guard:
         self._local = None if local is None else (local,)
         self._target = target
         self._borrow = borrow
+        self._looked = -math.inf
         self.began: float = 0.0
         self.refusal: Refusal | None = None
         self.silent_hop: str | None = None
@@ -403,6 +416,9 @@ class Guard:
         """Abort if nobody answers for the next hop; return False if it is too early: the attempt began after *due*."""
         if self.began > due:
             return False
+        if self._looked > due - 1.0:  # each once in a second: else every sweep would ask for all that are old
+            return True
+        self._looked = due
         if self._local is not None and (self._borrow or self._target.family == socket.AF_INET6):
             with suppress(OSError):
                 source = str(self._local[0]).partition("%")[0]

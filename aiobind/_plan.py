@@ -70,9 +70,11 @@ class Planner:
 
     def guard(self, sock: BoundSocket, binding: Binding, target: Target) -> Guard | None:
         """Return what aborts *sock* when its interface can no longer serve it while it connects; None: nothing can."""
-        if binding.owner is None or self._watch is None:
+        if binding.owner is None:
             return None
-        return Guard(self._watch, sock, binding.owner, sock.local, target, borrow=self._borrow)
+        # The connector may have been closed since it planned: its attempts are watched over to their end.
+        watch = self._watch or InterfaceWatch.of(asyncio.get_running_loop())
+        return Guard(watch, sock, binding.owner, sock.local, target, borrow=self._borrow)
 
     async def _on_interface(
         self, name: str, local: tuple[IPAddress, ...] | None, targets: Sequence[Target]

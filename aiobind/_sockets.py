@@ -12,8 +12,9 @@ import os
 import socket
 from contextlib import contextmanager, suppress
 from ipaddress import IPv4Address, IPv6Address, ip_address
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
+from ._advice import advice
 from ._errors import BindError, shown
 from ._platform import platform
 from ._ports import ANY_PORT, claim, release
@@ -255,7 +256,7 @@ def _pin(sock: BoundSocket, device: str, *, strict: bool) -> None:
         platform.pin(sock, device)
     except OSError as error:
         if error.errno != errno.EPERM or strict:
-            raise _refused(error, _PIN_ADVICE, device) from error.with_traceback(None)
+            raise _refused("pin", error, device) from error.with_traceback(None)
         if device not in _unpinned:
             _unpinned.add(device)
             _log.warning(
@@ -281,7 +282,7 @@ def _candidates(
         chosen = _kernels_choice(sock.interface, target, options)
         if chosen is not None and (chosen in local or not local):
             local = (chosen, *(ip for ip in local if ip != chosen))
-    if sock.interface is None and any(map(_needs_zone, local)):
+    if sock.interface is None and (binding.device or target.scope_id) and any(map(_needs_zone, local)):
         # Without the pin it is the zone that tells where a link-local address is.
         zone = binding.device or socket.if_indextoname(target.scope_id)
         return tuple(IPv6Address(f"{ip}%{zone}") if _needs_zone(ip) else ip for ip in local)
@@ -320,50 +321,67 @@ def is_own(target: Target) -> bool:
 def _bind(sock: BoundSocket, ip: IPAddress, target: Target, port: int | None, *, freebind: bool) -> None:
     reserve = sock.claim(ip, target)
     try:
-        if port and not reserve:
-            # Lets several destinations share the port, as connect(2) does with those that it chooses itself.
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if port:
+            # Lets several destinations share the port, as connect(2) does with those that it chooses itself. What is
+            # reserved must be nobody else's, also when the caller's options say otherwise.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(not reserve))
+            if reserve and hasattr(socket, "SO_REUSEPORT"):
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
         platform.bind(sock, ip, 0 if reserve and port is None else port, freebind=freebind)
     except OSError as error:
-        raise _refused(error, _BIND_ADVICE, ip) from error.with_traceback(None)
+        circumstance = _circumstance(sock, ip, error.errno or errno.EINVAL)
+        raise _refused("bind", error, ip, circumstance, family=f"IPv{ip.version}") from error.with_traceback(None)
     sock.local = ip
     # To bind a link-local address is to pin the socket (ipv6(7), sin6_scope_id).
     sock.interface = sock.interface or _zone(ip)
 
 
-_PIN_ADVICE = {
-    errno.EPERM: "the pin to {} was refused: this system wants CAP_NET_RAW for it (Linux before 5.7,"
-    " a sandbox, or socket_options that named a device already)",
-    errno.ENODEV: "no interface named {}",
-}
-_BIND_ADVICE = {
-    errno.EADDRNOTAVAIL: "{} is not usable on this host: no interface of this network namespace holds it,"
-    " or it is still tentative",
-    errno.EADDRINUSE: "no port is left on {} for this destination",
-    errno.ENODEV: "the zone of {} is no interface of this host",
-    errno.EACCES: "{}: a port below net.ipv4.ip_unprivileged_port_start takes CAP_NET_BIND_SERVICE",
-}
+def _circumstance(sock: socket.socket, ip: IPAddress, number: int) -> str:
+    """Return in which of the circumstances of `_advice` a bind has failed."""
+    if number == errno.EINVAL:
+        host, port = sock.getsockname()[:2]
+        if port or not ip_address(host.partition("%")[0]).is_unspecified:
+            return "bound"
+        return "no zone" if _needs_zone(ip) else ""
+    if number == errno.EADDRNOTAVAIL and not platform.has_address(ip.version):
+        return "no address"
+    return "jail" if platform.place == "jail" else ""
 
 
-def _refused(error: OSError, advice: dict[int, str], subject: object) -> BindError:
+def _refused(step: str, error: OSError, subject: object, circumstance: str = "", **about: object) -> BindError:
     number = error.errno or errno.EINVAL
-    reason = advice.get(number)
-    text = reason.format(subject) if reason else f"{subject}: {error.strerror or os.strerror(number)}"
-    return BindError(number, text)
+    text = advice(step, number, circumstance, subject=subject, place=platform.place, **about)
+    return BindError(number, text or f"{subject}: {error.strerror or os.strerror(number)}")
 
 
 async def connect(loop: asyncio.AbstractEventLoop, sock: socket.socket, target: Target) -> None:
-    """Connect *sock* by ``loop.sock_connect``, which is given literals only: both loops resolve a name on the way.
+    """Connect *sock*: the SYN leaves before this first waits.
 
     Raises:
         OSError: the system's answer.
     """
-    address: Any = target.sockaddr
-    if target.scope_id and _is_uvloop(loop):
-        # uvloop drops the scope of a 4-tuple (EINVAL follows), but not that of the text. By number, for libuv looks it
-        # up in a thread that may have been started in another network namespace, where the name means nothing.
-        address = (f"{target.host}%{target.scope_id}", target.port)
-    await loop.sock_connect(sock, address)
+    if not _is_uvloop(loop):
+        await loop.sock_connect(sock, target.sockaddr)  # asyncio takes a literal as it is
+        return
+    # uvloop's sock_connect hands even a literal to libuv's threads, which may be busy with slow names: the SYN would
+    # leave seconds after the last look at the interfaces. And it drops the scope of a 4-tuple.
+    with suppress(BlockingIOError):
+        sock.connect(target.sockaddr)
+        return
+    ended: asyncio.Future[None] = loop.create_future()
+
+    def end() -> None:
+        if not ended.done():
+            ended.set_result(None)
+
+    loop.add_writer(sock.fileno(), end)
+    try:
+        await ended
+    finally:
+        loop.remove_writer(sock.fileno())
+    number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if number:
+        raise OSError(number, os.strerror(number))
 
 
 def _is_uvloop(loop: asyncio.AbstractEventLoop) -> bool:

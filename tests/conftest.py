@@ -166,7 +166,7 @@ def _blockbuster() -> BlockBuster:
         function = BlockBusterFunction(None, f"socket.{name}", can_block_predicate=_is_numeric)
         blockbuster.functions[f"socket.{name}"] = function
     for function in blockbuster.functions.values():
-        function.can_block_in("aiobind/_platform/linux.py", {"_sysctl"})  # procfs never waits
+        function.can_block_in("aiobind/_platform/linux.py", {"_procfs"})  # procfs never waits
         # A test may do to its lab what it likes.
         function.can_block_in(
             "aiobind/lab.py", {"__enter__", "__exit__", "ip", "new", "packets", "sysctl", "add_target"}

@@ -211,7 +211,7 @@ REFUSED = Fault("source", InvalidSource)
 UNKNOWN = Fault("source", ResolveError, socket.EAI_AGAIN)
 MISSING = Fault("source", BindError, errno.ENODEV)
 UNUSABLE = Fault("source", BindError, errno.EADDRNOTAVAIL)
-NO_PORT = Fault("source", BindError, errno.EADDRINUSE)
+NO_PORT = Fault("source", BindError, errno.EADDRNOTAVAIL)
 NOBODY = Fault("destination", ConnectError, errno.ECONNREFUSED)
 NO_SUCH_NAME = Fault("destination", ResolveError, socket.EAI_AGAIN)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -108,7 +110,7 @@ async def test_one_kind_alone_shares_its_ports_among_destinations(lab: Lab, far:
         # The other kind has ports of its own, and none of these ten is left to it.
         with pytest.raises(aiobind.BindError, match="port is left") as caught:
             await connector.connect(V4, 80, source=UNPINNED)
-        assert caught.value.errno == errno.EADDRINUSE
+        assert caught.value.errno == errno.EADDRNOTAVAIL
         for sock in held:
             sock.close()
 
@@ -169,13 +171,25 @@ async def test_ports_that_nobody_elses_connection_can_take(lab: Lab, far: list[s
             sock.close()
 
 
+@pytest.mark.parametrize("name", ["SO_REUSEADDR", "SO_REUSEPORT"])
+async def test_an_option_of_the_caller_shares_no_reserved_port(lab: Lab, far: list[socket.socket], name: str) -> None:
+    options = [(socket.SOL_SOCKET, getattr(socket, name), 1)]
+    async with aiobind.Connector(
+        PINNED, UNPINNED, local_ports=range(20000, 20200), socket_options=options
+    ) as connector:
+        held = [await connector.connect(V4, 80, source=source) for source in (PINNED, UNPINNED) for _ in range(90)]
+    assert len({sock.getsockname() for sock in held}) == 180
+    for sock in held:
+        sock.close()
+
+
 async def test_a_range_that_has_moved_meanwhile(namespace: Namespace) -> None:
     """The kernel ignores a range that lies outside the automatic one: nothing is sent by a wrong port."""
     with socket.create_server(("127.1.0.1", 80)):
         async with aiobind.Connector("127.0.0.1", local_ports=range(50000, 50010)) as connector:
             (await connector.connect("127.1.0.1", 80)).close()
             namespace.sysctl("ipv4.ip_local_port_range", "40000 40010")
-            with pytest.raises(aiobind.BindError, match="which is no port from 50000 to 50009; nothing was sent"):
+            with pytest.raises(aiobind.BindError, match="which is no port from 50000 to 50009; no data was sent"):
                 await connector.connect("127.1.0.1", 80)
             with await connector.connect("127.1.0.1", 80) as sock:
                 assert sock.getsockname()[1] in range(50000, 50010)
@@ -292,7 +306,101 @@ async def test_one_address_of_a_name_is_exempt(lab: Lab, witness: Witness, resol
     assert {nic for nic, _, _ in connections(witness)} == {"n0"}
 
 
+# ── sources that no packet can come from ──
+
+
+@pytest.mark.parametrize(
+    ("address", "number", "words"),
+    [
+        ("239.1.1.1", errno.EADDRNOTAVAIL, "239.1.1.1 is no source: a multicast address is bound, and then"),
+        ("ff02::1", errno.EADDRNOTAVAIL, "a multicast address"),
+        ("255.255.255.255", errno.EADDRNOTAVAIL, "a broadcast address"),
+        ("0.0.0.0", errno.EADDRNOTAVAIL, "a wildcard address"),
+        ("fe80::1", errno.EADDRNOTAVAIL, "the link-local address fe80::1 reaches no further than its link"),
+    ],
+)
+async def test_a_name_that_stands_for_no_source(
+    lab: Lab, far: list[socket.socket], witness: Witness, resolv_conf: Callable[..., None], address: str, number: int,
+    words: str,
+) -> None:  # fmt: skip
+    """Linux binds the first four, and connects from another address."""
+    resolv_conf("", hosts=f"{address} odd.test\n")
+    host = V6 if ":" in address else V4
+    with pytest.raises(aiobind.BindError, match=words) as caught:
+        await aiobind.connect(host, 80, source="host!odd.test")
+    assert caught.value.errno == number
+    assert not witness.packets()
+    async with aiobind.Connector("host!odd.test", "if!n2", policy=InOrder()) as connector:
+        with await connector.connect(host, 80) as sock:
+            assert aiobind.bound_source(sock).interface == "n2"
+
+
+@pytest.mark.parametrize("source", ["{}%n1", "ifhost!n1!{}"])
+async def test_a_link_local_source_goes_no_further(
+    lab: Lab, far: list[socket.socket], witness: Witness, source: str
+) -> None:
+    source = source.format(lab.nic("n1").link_local)
+    with pytest.raises(aiobind.BindError, match="reaches no further than its link") as caught:
+        await aiobind.connect(V6, 80, source=source)
+    assert caught.value.errno == errno.EADDRNOTAVAIL
+    assert not witness.packets()
+    (await aiobind.connect(f"{lab.nic('n1').gateway_link_local}%n1", 80, source=source)).close()
+
+
+async def test_a_link_local_name_without_its_zone(lab: Lab, resolv_conf: Callable[..., None]) -> None:
+    resolv_conf("", hosts="fe80::1 odd.test\n")
+    with pytest.raises(aiobind.BindError, match="fe80::1 is link-local: it needs its interface as a zone") as caught:
+        await aiobind.connect("::1", 80, source="host!odd.test")
+    assert caught.value.errno == errno.EINVAL
+
+
+async def test_an_ipv4_link_local_address_of_this_host(lab: Lab, witness: Witness) -> None:
+    lab.near.ip("addr add 169.254.7.7/16 dev n2")
+    with pytest.raises(aiobind.BindError, match="this host's own address") as caught:
+        await aiobind.connect("169.254.7.7", 80, source="if!n1")
+    assert caught.value.errno == errno.ENETUNREACH
+    assert not witness.packets()
+
+
+async def test_a_source_whose_text_the_c_library_spells_otherwise(namespace: Namespace) -> None:
+    namespace.ip("addr add ::1:2/128 dev lo nodad")
+    with socket.create_server(("::1", 80), family=socket.AF_INET6):
+        for source in ("::1:2", "ifhost!lo!::1:2"):
+            (await aiobind.connect("::1", 80, source=source)).close()
+
+
 # ── the moment before the SYN ──
+
+
+@pytest.mark.parametrize("library", ["asyncio", "uvloop"])
+def test_no_connect_waits_for_the_names_of_others(make_lab: Callable[[int], Lab], library: str) -> None:
+    """uvloop's own sock_connect does: it hands a literal to the four threads that look names up.
+
+    In a process of its own, for those threads stay in the network namespace in which the first name was looked up.
+    """
+    make_lab(0)
+    program = f"""if True:
+        import asyncio, socket, {library}
+        import aiobind
+        from aiobind import lab
+
+        async def main():
+            loop = asyncio.get_running_loop()
+            names = [asyncio.ensure_future(loop.getaddrinfo(f"slow{{n}}.test", 80)) for n in range(5)]
+            await asyncio.sleep(0.1)
+            with socket.create_server(("127.1.0.1", 80)):
+                (await aiobind.connect("127.1.0.1", 80, source="if!lo")).close()
+            print([name.done() for name in names])
+            await asyncio.gather(*names, return_exceptions=True)
+
+        lab.isolate()
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
+            silent.bind(("127.0.0.1", 53))
+            with lab.replace_file("/etc/resolv.conf", "nameserver 127.0.0.1\\noptions timeout:2 attempts:1\\n"):
+                {library}.run(main())
+        """
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert run.stdout == f"{[False] * 5}\n", run.stderr
 
 
 async def test_what_changes_between_the_decision_and_the_connect(

@@ -18,12 +18,13 @@ from collections import deque
 from ipaddress import ip_address
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import uvloop
 
-from aiobind._binding import Binding, LinkAddress, Refusal, Target
+from aiobind._binding import Binding, Link, LinkAddress, Refusal, Target
 from aiobind._errors import BindError
 from aiobind._interfaces import Guard, Interfaces, InterfaceTable, InterfaceWatch
 from aiobind._platform import platform
@@ -1278,3 +1279,16 @@ def test_a_change_right_after_an_overflow_is_not_lost(lab: Lab) -> None:
             assert table is not old
             assert table.link("late") is table.link("n1"), f"after {reads} reads"
             rtnetlink(sock, 109, 0, altname)  # RTM_DELLINKPROP
+
+
+def test_a_guard_looks_for_its_neighbour_once_in_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each sweep meets every old attempt: without that their number would count by its square."""
+    asked: list[str] = []
+    monkeypatch.setattr(platform, "silent_hop", lambda index, target, source: asked.append(target))
+    link = Link(7, "n1", addresses={"2001:db8::2": LinkAddress(ip_address("2001:db8::2"))})
+    watch: Any = SimpleNamespace(enter=lambda guard: 100.0, guards=set())
+    with socket.socket() as sock, Guard(watch, sock, link, ip_address("2001:db8::2"), WIDE6) as guard:
+        assert not guard.look_for_neighbour(99.0)  # too early
+        for due, count in ((100.0, 1), (100.2, 1), (100.9, 1), (101.1, 2), (101.2, 2)):
+            assert guard.look_for_neighbour(due)
+            assert len(asked) == count

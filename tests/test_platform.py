@@ -271,7 +271,7 @@ def test_a_range_that_cannot_be_read_is_not_kept_to(monkeypatch: pytest.MonkeyPa
             raise FileNotFoundError(errno.ENOENT, name)
         return text
 
-    monkeypatch.setattr(linux_module, "_sysctl", read)
+    monkeypatch.setattr(linux_module, "_procfs", read)
     assert not Linux().keeps_to(range(5100, 5104))
 
 
@@ -373,6 +373,19 @@ def test_an_old_kernel_is_asked_once_for_the_range_of_ports() -> None:
             linux.limit(sock, range(40000, 40100))
             assert not linux.keeps_to(range(40000, 40100))
             assert sock.asked_for == [*[IP_LOCAL_PORT_RANGE] * (number == 0), IP_BIND_ADDRESS_NO_PORT]
+
+
+def test_an_old_kernel_keeps_to_no_range_also_before_the_first_socket(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aiobind._platform.linux.IP_LOCAL_PORT_RANGE", 9999)  # ENOPROTOOPT, as before Linux 6.3
+    assert not Linux().keeps_to(range(40000, 40100))
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_whether_there_is_any_address(make_lab: Callable[[int], Lab], version: int) -> None:
+    lab = make_lab(0)
+    assert LINUX.has_address(version)
+    lab.near.ip("link set lo down", "addr flush dev lo")
+    assert not LINUX.has_address(version)
 
 
 @pytest.mark.parametrize("option", [IP_LOCAL_PORT_RANGE, IP_BIND_ADDRESS_NO_PORT])

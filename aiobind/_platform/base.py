@@ -117,6 +117,9 @@ class Feed(Protocol):
 class Platform(Protocol):
     """What an operating system can do for a source."""
 
+    #: what this system calls the place whose addresses a process may use: "network namespace", "jail", "host"
+    place: str
+
     #: flags of socket(2) that make the new socket non-blocking and not inherited, where there are such
     socket_flags: int
 
@@ -138,6 +141,10 @@ class Platform(Protocol):
                 reserves one now, for this socket alone.
             freebind: no interface needs to hold *ip*.
         """
+        ...
+
+    def has_address(self, version: int) -> bool:
+        """Return whether any interface has an address of IP *version*; True when nobody can tell."""
         ...
 
     def sent(self, sock: socket.socket) -> bool:

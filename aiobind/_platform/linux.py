@@ -33,7 +33,8 @@ IP_FREEBIND = 15
 IPV6_FREEBIND = 78
 IP_BIND_ADDRESS_NO_PORT = 24  # Linux 4.2
 IP_LOCAL_PORT_RANGE = 51  # Linux 6.3
-_SIOCOUTQ = 0x5411
+_SIOCOUTQ, _SIOCGIFCONF = 0x5411, 0x8912
+_IFCONF = struct.Struct("@iP")  # struct ifconf of linux/if.h
 _SEGS_OUT = struct.Struct("=136xI")  # struct tcp_info of linux/tcp.h
 
 #: The widest range; the kernel narrows it to net.ipv4.ip_local_port_range. With a range set it takes ports of both
@@ -45,6 +46,7 @@ _ALL_PORTS = range(1, 65536)
 class Linux:
     """The pins of Linux."""
 
+    place = "network namespace"
     socket_flags = socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
 
     def __init__(self) -> None:
@@ -100,6 +102,17 @@ class Linux:
                     raise
                 self._has_port_range = error.errno == errno.EOPNOTSUPP
 
+    def has_address(self, version: int) -> bool:
+        """Ask for the length of the list of IPv4 addresses (SIOCGIFCONF, netdevice(7)), or whether procfs lists any."""
+        try:
+            if version == 6:
+                return bool(_procfs("thread-self/net/if_inet6"))
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+                length, _ = _IFCONF.unpack(fcntl.ioctl(sock, _SIOCGIFCONF, _IFCONF.pack(0, 0)))
+                return bool(length)
+        except OSError:
+            return True
+
     def sent(self, sock: socket.socket) -> bool:
         """Return whether TCP_INFO (tcp(7)) counts any segments (tcpi_segs_out, Linux 4.2)."""
         try:
@@ -145,11 +158,13 @@ class Linux:
 
         Reads two files of procfs, which never wait.
         """
+        with socket.socket() as probe:  # the first socket of all may be the one that this is asked for
+            self.limit(probe, ports)
         if not self._has_port_range or ports.step != 1:
             return False
         try:
-            low, high = map(int, _sysctl("ip_local_port_range").split())
-            reserved = _sysctl("ip_local_reserved_ports").strip()
+            low, high = map(int, _procfs("sys/net/ipv4/ip_local_port_range").split())
+            reserved = _procfs("sys/net/ipv4/ip_local_reserved_ports").strip()
         except (OSError, ValueError):  # no procfs here: then nothing is known of the range
             return False
         spans = [(int(first), int(last or first)) for first, _, last in _spans(reserved)]
@@ -160,8 +175,8 @@ class Linux:
         )
 
 
-def _sysctl(name: str) -> str:
-    with open(f"/proc/sys/net/ipv4/{name}") as file:
+def _procfs(name: str) -> str:
+    with open(f"/proc/{name}") as file:
         return file.read()
 
 
