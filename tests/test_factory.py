@@ -150,8 +150,9 @@ REFUSED = [
         "net!198.51.100.0/24", TARGET_V6, errno.EADDRNOTAVAIL, "the source has no IPv6 address (it has 198.51.100."
     ),
     Refused("198.51.100.7", TARGET_V4, errno.EADDRNOTAVAIL, "198.51.100.7 is not usable on this host"),
-    Refused("fe80::7%n1", TARGET_V6, errno.EADDRNOTAVAIL, "fe80::7%n1 is not usable on this host"),
-    Refused("fe80::7%none", TARGET_V6, errno.ENODEV, "the zone of fe80::7%none is no interface of this host"),
+    Refused("fe80::7%n1", "fe80::1", errno.EADDRNOTAVAIL, "fe80::7%n1 is not usable on this host"),
+    Refused("fe80::7%none", "fe80::1", errno.ENODEV, "the zone of fe80::7%none is no interface of this host"),
+    Refused("fe80::7%n1", TARGET_V6, errno.EADDRNOTAVAIL, "the link-local address fe80::7%n1 reaches no further"),
     Refused("127.0.0.1", TARGET_V4, errno.ENETUNREACH, "from the loopback address 127.0.0.1 only this host itself"),
     Refused("::1", TARGET_V6, errno.ENETUNREACH, "from the loopback address ::1 only this host itself"),
 ]
