@@ -157,7 +157,8 @@ def bind_any(
     Args:
         local: the addresses of the source, the first one first.
         target: where to.
-        own: every address of this host, as text; asked only when a loopback address is to leave for elsewhere.
+        own: every address of this host, as text; asked only when a loopback or link-local address is to leave for
+            elsewhere.
         device: the interface to pin as well.
         freebind: no interface needs to hold the address.
     """

@@ -197,7 +197,7 @@ class Connector:
         if "all_errors" in options:
             raise TypeError("all_errors is not taken here: a ConnectError always has them all in .attempts")
         if proto not in (0, socket.IPPROTO_TCP):
-            # loop.sock_connect looks even a literal up for any other protocol, on asyncio as on uvloop (EAI_SOCKTYPE).
+            # asyncio's sock_connect looks even a literal up for any other protocol (EAI_SOCKTYPE).
             raise NotImplementedError("proto: only TCP is available yet")
         delay = options.pop("happy_eyeballs_delay", self._delay)
         count = options.pop("interleave", None) or 1

@@ -32,7 +32,7 @@ from ._ports import ANY_PORT, LocalPorts
 from ._race import interleave, race
 from ._resolve import SystemLookup, literal
 from ._scope import pinned
-from ._sockets import BoundSocket, BoundSource, connect, open_bound
+from ._sockets import ANY_KIND, BoundSocket, BoundSource, connect, open_bound
 from ._sources import Prefix, parse_source
 
 if TYPE_CHECKING:
@@ -47,9 +47,6 @@ __all__ = ["Dialer", "Origin", "Reach", "SourceStats"]
 
 #: How a look-up gets a socket to ask with: `Dialer.reach`.
 Reach: TypeAlias = "Callable[[Source | None, Target, int], Awaitable[BoundSocket]]"
-
-#: The levels of options that sockets of every kind have.
-_ANY_KIND = (socket.SOL_SOCKET, socket.IPPROTO_IP, socket.IPPROTO_IPV6)
 
 #: Local ports that one turn of the loop tries at most: 1 ms.
 _TRIES_PER_TURN = 50
@@ -334,9 +331,8 @@ class Dialer:
         if begun is not None:
             begun.append(target)
         sock = await self._open(loop, target, binding)
-        address, port = sock.getsockname()[:2]
         sock.target = target
-        sock.bound = BoundSource(source, sock.interface, address, port)
+        sock.bound = BoundSource(source, sock.interface, *sock.name)
         return sock
 
     async def _open(
@@ -345,7 +341,7 @@ class Dialer:
         """Return a connected socket; where the system finds no free port for one, try the next way to get one."""
         stream = kind == socket.SOCK_STREAM
         # A mark may choose the route, so that a query is to have it too.
-        options = self._options if stream else [option for option in self._options if option[0] in _ANY_KIND]
+        options = self._options if stream else [option for option in self._options if option[0] in ANY_KIND]
         ports = self._ports if stream else ANY_PORT
         failure: OSError | None = None
         for turn, port in enumerate(ports.ways()):
@@ -397,8 +393,8 @@ class Dialer:
                         raise
                     await guard.confirm(_bare(error))  # it was the guard that ended it
                 await guard.confirm()
-        address, port = sock.getsockname()[:2]
-        if (address, port) == (target.host, target.port) and sock.type == socket.SOCK_STREAM:
+        sock.name = address, port = sock.getsockname()[:2]
+        if sock.name == (target.host, target.port) and sock.type == socket.SOCK_STREAM:
             # TCP connects a port to itself where nobody listens and connect(2) happens to choose that very port
             # (simultaneous open, RFC 9293 section 3.5).
             raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))

@@ -297,10 +297,14 @@ class InterfaceWatch:
     def _sweep(self) -> None:
         """Have the attempts that are old enough look for their neighbour."""
         self._sweep_is_due = False
-        due = self._loop.time() - _NEIGHBOUR_TIMEOUT
-        young = [guard.began for guard in self.guards if not guard.look_for_neighbour(due)]
-        if young:
-            self._sweep_at(min(young) + _NEIGHBOUR_TIMEOUT)
+        now = self._loop.time()
+        due = now - _NEIGHBOUR_TIMEOUT
+        # A neighbour may be lost later as well, and nobody would tell of that either.
+        again = [
+            now + 1.0 if guard.look_for_neighbour(due) else guard.began + _NEIGHBOUR_TIMEOUT for guard in self.guards
+        ]
+        if again:
+            self._sweep_at(min(again))
 
     def _read(self) -> bool:
         """Take in a few pieces of news, and tell those who wait; return whether there may be more."""

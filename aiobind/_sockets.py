@@ -1,4 +1,4 @@
-"""Law: one attempt. A socket is opened, bound as decided, connected by the loop; on any other way out it is closed.
+"""Law: one attempt. A socket is opened, bound as decided, connected; on any other way out it is closed.
 
 A connected socket knows where it leaves from, and tells its connector once when it ends: by ``close`` (asyncio),
 by ``detach`` (uvloop, which closes the descriptor itself), or by being collected.
@@ -10,6 +10,7 @@ import errno
 import logging
 import os
 import socket
+import weakref
 from contextlib import contextmanager, suppress
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from ._sources import Source
 
 __all__ = [
+    "ANY_KIND",
     "BoundSocket",
     "BoundSource",
     "SocketOption",
@@ -40,6 +42,9 @@ __all__ = [
 ]
 
 SocketOption: TypeAlias = "tuple[int, int, int | bytes]"
+
+#: The levels of options that sockets of every kind have.
+ANY_KIND = (socket.SOL_SOCKET, socket.IPPROTO_IP, socket.IPPROTO_IPV6)
 
 
 class BoundSource(NamedTuple):
@@ -104,6 +109,8 @@ class BoundSocket(socket.socket):
     #: the source address that it is bound to, and the interface that it is pinned to; None: none
     local: IPAddress | None = None
     interface: str | None = None
+    #: what it has connected from, by getsockname(2)
+    name: tuple[str, int] = ("", 0)
     bound: BoundSource | None = None
     target: Target | None = None
     _claim: Claim | None = None
@@ -302,7 +309,7 @@ def _kernels_choice(device: str | None, target: Target, options: Sequence[Socket
     try:
         with socket.socket(target.family, socket.SOCK_DGRAM | platform.socket_flags) as probe:
             for level, name, value in options:
-                if level in (socket.SOL_SOCKET, socket.IPPROTO_IP, socket.IPPROTO_IPV6):  # a mark may choose the route
+                if level in ANY_KIND:  # a mark may choose the route
                     with suppress(OSError):
                         probe.setsockopt(level, name, value)
             if device is not None:
@@ -385,4 +392,12 @@ async def connect(loop: asyncio.AbstractEventLoop, sock: socket.socket, target: 
 
 
 def _is_uvloop(loop: asyncio.AbstractEventLoop) -> bool:
-    return any(kind.__module__.partition(".")[0] == "uvloop" for kind in type(loop).__mro__)
+    kind = type(loop)
+    known = _uvloops.get(kind)
+    if known is None:
+        known = _uvloops[kind] = any(base.__module__.partition(".")[0] == "uvloop" for base in kind.__mro__)
+    return known
+
+
+#: Whether a kind of loop is uvloop's: each connect asks.
+_uvloops: weakref.WeakKeyDictionary[type[asyncio.AbstractEventLoop], bool] = weakref.WeakKeyDictionary()

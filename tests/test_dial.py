@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import aiobind
+from aiobind import _interfaces
 from aiobind._platform import platform
 
 if TYPE_CHECKING:
@@ -456,6 +457,18 @@ async def test_a_neighbour_that_does_not_answer(lab: Lab, witness: Witness) -> N
         assert f"nobody answers for {hop}" in str(error)
     assert black_hole is None
     assert {packet.destination for packet in witness.packets() if packet.syn} == {"2001:db8:1::beef"}
+
+
+async def test_a_neighbour_that_is_lost_later(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is looked for again, each second, also when no other attempt comes."""
+    lab.near.ip("neigh add 2001:db8:1::beef lladdr 02:00:00:00:00:99 dev n1")
+    answers = [None, "2001:db8:1::beef"]
+    monkeypatch.setattr(_interfaces, "_NEIGHBOUR_TIMEOUT", 0.05)
+    monkeypatch.setattr(platform, "silent_hop", lambda *_: answers.pop(0))
+    async with asyncio.timeout(10):
+        with pytest.raises(aiobind.ConnectError, match="nobody answers for 2001:db8:1::beef on n1"):
+            await aiobind.connect("2001:db8:1::beef", 80, source="if!n1")
+    assert not answers
 
 
 async def test_a_way_that_this_host_does_not_have_is_the_sources_failure(
