@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import gc
 import os
+import signal
 import socket
 import struct
 import sys
@@ -36,6 +37,8 @@ _no_lab: list[str] = []  # why there is none
 
 def pytest_configure() -> None:
     """Isolate the session, while there is no thread that would stay behind."""
+    # A shell has its background jobs ignore Ctrl-C, and the programs that the tests interrupt would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         if reason := aiobind_lab.available():
             _no_lab.append(reason)
