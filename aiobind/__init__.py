@@ -6,21 +6,24 @@ never leaves by another one.
 
 The whole in one page. Each row imports only rows below it::
 
-    aiohttp   lab                        edges: a client library each; the lab is a place to try them in
+    aiohttp   metrics   lab              edges: a library each; the lab is a place to try them in
     _connector   _factory                the doors: asyncio, and the synchronous form
     _dial   dns                          the story of one connect; names, asked through the source
-    _plan   _race   _sockets   _policy   from a source to bindings; RFC 8305; one attempt; the order of sources
-    _scope   _interfaces                 what the context pins; the host's interfaces
-    _resolve   _ports                    names, off the loop; local ports
+    _roster   _limits                    which source is next; how many connections it may have
+    _origin   _health   _policy          one source and its figures; what has failed; the order of sources
+    _plan   _race   _sockets             from a source to bindings; RFC 8305; one attempt
+    _scope   _interfaces   _sketch       what the context pins; the host's interfaces; latencies
+    _resolve   _ports   _events          names, off the loop; local ports; what is told of all this
     _platform   _sources                 the operating system, one file each; the grammar of sources
     _binding   _errors                   values: decisions, failures
     _advice                              what to say of an errno
 
-One connect: the destination becomes targets (``_dial.targets``); the policy orders the sources (``_dial.route``); for
-the first of them each target gets a binding or a refusal (``_plan``, by the rules of ``_binding``); what is left is
-raced (``_race``), each attempt being: open, pin, bind, connect (``_sockets``). It is held against the promise right
-before the connect and right after it, and the connection is counted until it ends. When the source fails for a reason
-of its own, nothing has been sent yet, and the next one is tried.
+One connect: the policy orders the sources that are healthy (``_roster.order``); for the first of them that has room
+(``_dial.Route``) the destination becomes targets (``_dial.targets``); each target gets a binding or a refusal
+(``_plan``, by the rules of ``_binding``); what is left is raced (``_race``), each attempt being: open, pin, bind,
+connect (``_sockets``). It is held against the promise right before the connect and right after it, and the connection
+is counted until it ends (``_origin``). When the source fails for a reason of its own, nothing has been sent yet, and
+the next one is tried; the one that failed is left alone for a while (``_health``).
 
 Sources::
 
@@ -32,10 +35,11 @@ Sources::
 """
 
 from ._connector import Connector, connect
-from ._dial import SourceStats
 from ._errors import AiobindError, Attempt, BindError, ConnectError, InvalidSource, ResolveError
+from ._events import Event
 from ._factory import socket_factory
-from ._policy import Policy, RoundRobin, SourceView
+from ._origin import SourceStats
+from ._policy import Failover, LeastConnections, Policy, Random, RoundRobin, SourceView, Sticky, Weighted
 from ._scope import use_source
 from ._sockets import BoundSource, bound_source
 from ._sources import Address, Host, Interface, Prefix, Source, parse_source
@@ -48,16 +52,22 @@ __all__ = [
     "BoundSource",
     "ConnectError",
     "Connector",
+    "Event",
+    "Failover",
     "Host",
     "Interface",
     "InvalidSource",
+    "LeastConnections",
     "Policy",
     "Prefix",
+    "Random",
     "ResolveError",
     "RoundRobin",
     "Source",
     "SourceStats",
     "SourceView",
+    "Sticky",
+    "Weighted",
     "bound_source",
     "connect",
     "parse_source",

@@ -7,8 +7,10 @@ import socket
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ._dial import Dialer
+from ._dial import Dialer, place_of
 from ._errors import AiobindError, is_sources_fault, merged
+from ._limits import Limits
+from ._origin import Origin
 from ._scope import scoped
 from ._sockets import handed_over
 
@@ -19,7 +21,8 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-    from ._dial import SourceStats
+    from ._events import Event
+    from ._origin import SourceStats
     from ._policy import Policy
     from ._sockets import BoundSocket, SocketOption
     from ._sources import Source
@@ -35,11 +38,21 @@ def make_dialer(
     dns: str | Sequence[str],
     ttl: float | None,
     fast_connect: bool,
+    limit_per_source: int,
+    limit_per_source_host: int,
+    rate_per_source: float | None,
+    rate_per_source_host: float | None,
     **options: Any,
 ) -> Dialer:
     """Return the dialer of a connector, by the options that all connectors have in common."""
     if fast_connect:
         raise NotImplementedError("fast_connect=True is not available yet; leave it at its default")
+    options["limits"] = Limits[Origin](
+        connections=limit_per_source,
+        connections_per_host=limit_per_source_host,
+        rate=rate_per_source,
+        rate_per_host=rate_per_source_host,
+    )
     if dns == "system":
         return Dialer(sources, ttl=ttl, **options)
     if dns != "source" and (isinstance(dns, (str, bytes)) or not isinstance(dns, Iterable)):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -52,7 +65,72 @@ def make_dialer(
     return Dialer(sources, ttl=ttl, lookup=lambda reach: SourceLookup(reach, servers, ttl=ttl), **options)
 
 
-class Connector:
+class Sourced:
+    """What every connector can do with its sources."""
+
+    _dialer: Dialer
+
+    def use_source(self, source: str | Source) -> AbstractContextManager[Source]:
+        """Pin what this connector connects inside the ``with`` block to *source*, which need not be one of its own.
+
+        What is pinned never moves to another source. This wins over ``aiobind.use_source``; an argument ``source=``
+        wins over both. Tasks created inside inherit it.
+
+        Raises:
+            InvalidSource: *source* names no source.
+        """
+        return scoped(self._dialer.scope, source)
+
+    def add(self, source: str | Source) -> None:
+        """Choose from *source* as well, from now on; it comes behind the others.
+
+        Raises:
+            InvalidSource: *source* names no source.
+            ValueError: it is one of this connector's already.
+        """
+        self._dialer.add(source)
+
+    def remove(self, source: str | Source, *, drain: bool = True) -> None:
+        """Choose *source* no more, from now on. It stays in ``stats()`` while it has connections.
+
+        Args:
+            source: one of this connector's.
+            drain: let its connections do what they are doing: those of a pool are closed as soon as they are idle.
+                False cuts them: whoever uses one is told ECONNRESET.
+
+        Raises:
+            InvalidSource: *source* names no source.
+            ValueError: it is none of this connector's, or the only one.
+        """
+        self._dialer.remove(source, drain=drain)
+
+    def report(self, source: str | Source, *, host: str, ok: bool = False, seconds: float | None = None) -> None:
+        """Say that *source* is banned at *host*, as by a status 429 or 403: others go there for a while.
+
+        Everything else from *source* goes on. Where all sources are banned, the one whose ban ends first is used.
+
+        Args:
+            source: one of this connector's.
+            host: the destination.
+            ok: True: it is not banned any more.
+            seconds: for how long, as in ``Retry-After``; default: half a minute, and twice as long each further time,
+                up to an hour.
+
+        Raises:
+            InvalidSource: *source* names no source.
+            ValueError: it is none of this connector's.
+        """
+        self._dialer.report(source, host, ok=ok, seconds=seconds)
+
+    def stats(self) -> tuple[SourceStats, ...]:
+        """Return the figures of each source; one from outside the list is there while it has connections.
+
+        Any thread may ask.
+        """
+        return self._dialer.stats()
+
+
+class Connector(Sourced):
     """Makes outgoing connections from the sources that you name, on one event loop.
 
     A connection leaves from the source that the policy chooses, or fails; it never leaves by another one. When a
@@ -89,13 +167,25 @@ class Connector:
         ttl_dns_cache: how long the addresses of a name (of a destination or of a ``host!`` source) are kept, in
             seconds. 0 asks each time, None keeps them for as long as the loop lives. With ``dns`` not for longer than
             the answer itself says.
+        limit_per_source: how many connections of one source may be open or being made at the same time; 0 (the
+            default) for no limit. A source with room goes before one without; where none has, a connection waits for
+            the first that gets some, in the order of arrival.
+        limit_per_source_host: the same, for each source and destination host.
+        rate_per_source: how many connections one source may begin per second, evenly spaced; None for no limit. Needs
+            the extra ``aiobind[limits]``.
+        rate_per_source_host: the same, for each source and destination host.
+        abort_on_link_down: cut the established connections whose interface goes down, or away, or loses their address:
+            whoever uses one is told ECONNRESET at once. By default they are left alone: the kernel tells them nothing,
+            and they go on should the interface come back in time.
+        on_event: is called on the event loop with each ``Event``: attempts, and sources that are suspended or recover.
 
     Raises:
         InvalidSource: a text names no source.
         TypeError: no source was named, or something else than texts and sources; or *local_ports* or *direct* is of a
             wrong type.
-        ValueError: a source was named twice; or *local_ports*, *direct* or *dns* makes no sense.
-        ImportError: *dns* needs ``aiobind[dns]``.
+        ValueError: a source was named twice; or *local_ports*, *direct*, *dns* or a limit makes no sense; or *policy*
+            serves another connector.
+        ImportError: *dns* needs ``aiobind[dns]``, a rate ``aiobind[limits]``.
         NotImplementedError: an option was used that is not available yet.
 
     There is no timeout: use ``asyncio.timeout``. A connector belongs to the event loop of its first use.
@@ -114,6 +204,12 @@ class Connector:
         direct: Sequence[str] = (),
         fast_connect: bool = False,
         ttl_dns_cache: float | None = 10.0,
+        limit_per_source: int = 0,
+        limit_per_source_host: int = 0,
+        rate_per_source: float | None = None,
+        rate_per_source_host: float | None = None,
+        abort_on_link_down: bool = False,
+        on_event: Callable[[Event], object] | None = None,
     ) -> None:
         self._dialer = make_dialer(
             sources,
@@ -126,11 +222,17 @@ class Connector:
             direct=direct,
             fast_connect=fast_connect,
             ttl=ttl_dns_cache,
+            limit_per_source=limit_per_source,
+            limit_per_source_host=limit_per_source_host,
+            rate_per_source=rate_per_source,
+            rate_per_source_host=rate_per_source_host,
+            abort_on_link_down=abort_on_link_down,
+            on_event=on_event,
         )
         self._delay = happy_eyeballs_delay
 
     def __repr__(self) -> str:
-        return f"Connector({', '.join(repr(str(origin.source)) for origin in self._dialer.origins)})"
+        return f"Connector({', '.join(repr(str(origin.source)) for origin in self._dialer.roster.listed)})"
 
     async def connect(
         self, host: str, port: int, *, source: str | Source | None = None, family: int = 0
@@ -243,20 +345,6 @@ class Connector:
         )
         return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
 
-    def use_source(self, source: str | Source) -> AbstractContextManager[Source]:
-        """Pin this connector's connections that are made inside the ``with`` block to *source*.
-
-        It wins over ``aiobind.use_source``; the argument ``source=`` wins over both. Tasks created inside inherit it.
-
-        Raises:
-            InvalidSource: *source* names no source.
-        """
-        return scoped(self._dialer.scope, source)
-
-    def stats(self) -> tuple[SourceStats, ...]:
-        """Return the figures of each source; one from outside the list is there while it has connections."""
-        return self._dialer.stats()
-
     async def aclose(self) -> None:
         """Refuse new connections. Those that are open belong to their callers and stay open.
 
@@ -288,16 +376,29 @@ class Connector:
         dialer.enter()
         _check(host, port)
         failures: list[AiobindError] = []
-        for origin in dialer.route(host, source):
-            try:
-                targets = await dialer.targets(
-                    origin, host, port, family=family, flags=flags, first_family_count=first_family_count
-                )
-                return await dialer.dial(origin, host, targets, delay=delay)
-            except AiobindError as error:
-                failures.append(error)
-                if not is_sources_fault(error):
-                    break
+        route = dialer.route(host, port, source)
+        try:
+            while (turn := await route.next()) is not None:
+                try:
+                    targets = await dialer.targets(
+                        turn.origin, host, port, family=family, flags=flags, first_family_count=first_family_count
+                    )
+                    if dialer.limits.paced:
+                        await dialer.limits.pace(turn.origin, place_of(host))
+                    sock = await dialer.dial(turn, host, targets, delay=delay)
+                except AiobindError as error:
+                    route.leave(turn)
+                    failures.append(error)
+                    if not is_sources_fault(error):
+                        break
+                except BaseException:
+                    route.leave(turn)
+                    raise
+                else:
+                    route.leave_with(turn, sock)
+                    return sock
+        finally:
+            route.close()
         if not failures:
             raise RuntimeError("the policy named no source")
         try:

@@ -16,86 +16,119 @@ import asyncio
 import errno
 import os
 import socket
-import weakref
+import time
 from functools import partial
 from ipaddress import ip_address
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias, cast
+from types import MappingProxyType
+from typing import TYPE_CHECKING, TypeAlias
 
 from ._advice import advice
 from ._binding import Binding, Exempt, Refusal, Target
 from ._errors import AiobindError, Attempt, BindError, ConnectError, ResolveError, explained, shown
+from ._events import Journal
 from ._interfaces import NoNeighbourError
+from ._limits import Limits
 from ._plan import Planner
 from ._platform import platform
-from ._policy import RoundRobin
 from ._ports import ANY_PORT, LocalPorts
 from ._race import interleave, race
 from ._resolve import SystemLookup, literal
+from ._roster import Roster, Turn
 from ._scope import pinned
 from ._sockets import ANY_KIND, BoundSocket, BoundSource, connect, open_bound
 from ._sources import Prefix, parse_source
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+    from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping, Sequence
 
+    from ._events import Event
+    from ._interfaces import InterfaceTable
+    from ._origin import Origin, SourceStats
     from ._policy import Policy
     from ._resolve import Lookup, Resolved
     from ._sockets import SocketOption
     from ._sources import Source
 
-__all__ = ["Dialer", "Origin", "Reach", "SourceStats"]
+__all__ = ["Dialer", "Reach", "Route"]
 
 #: How a look-up gets a socket to ask with: `Dialer.reach`.
 Reach: TypeAlias = "Callable[[Source | None, Target, int], Awaitable[BoundSocket]]"
 
+_Raced: TypeAlias = "tuple[BoundSocket | None, list[OSError]]"
+
 #: Local ports that one turn of the loop tries at most: 1 ms.
 _TRIES_PER_TURN = 50
 
-
-class SourceStats(NamedTuple):
-    """The figures of one source.
-
-    Attributes:
-        source: the source.
-        connections: open now, idle keep-alive ones included.
-        in_use: those of them that are in use.
-        idle: those of them that wait in a pool for the next request.
-        connects: how many connections have been made in all.
-    """
-
-    source: Source
-    connections: int
-    in_use: int
-    idle: int
-    connects: int
+#: An attempt that is given up after so many seconds without an answer has waited in vain.
+_SILENCE = 1.0
+#: Nobody has answered, or a router instead of the target: the source may have lost its way, or the target be down.
+_NO_ANSWER = frozenset({errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH})
+#: The target itself has answered.
+_ANSWERS = frozenset({errno.ECONNREFUSED, errno.ECONNRESET})
 
 
-class Origin:
-    """One source in the care of a dialer, with its live figures."""
+class NoPortError(BindError):
+    """The source has no port left for one destination."""
 
-    __slots__ = ("__weakref__", "connections", "connects", "held", "pooled", "source")
 
-    def __init__(self, source: Source, *, pooled: bool) -> None:
-        self.source = source
-        self.pooled = pooled
-        self.connections = 0
-        self.connects = 0
-        #: connections that the pool, where there is one, has handed out
-        self.held = 0
+class Route:
+    """The sources for one connection, one after the other, each with its place under the limits."""
 
-    @property
-    def in_use(self) -> int:
-        """Connections in use now: without a pool, all that are open."""
-        return self.held if self.pooled else self.connections
+    __slots__ = ("_full", "_host", "_late", "_limits", "_turns")
 
-    def opened(self) -> None:
-        """Count a connection as open."""
-        self.connections += 1
-        self.connects += 1
+    def __init__(self, turns: Generator[Turn], limits: Limits[Origin], host: str) -> None:
+        self._turns = turns
+        self._limits = limits
+        self._host = host
+        #: those that may not begin a connection now, by their rate; and those that have no room
+        self._late: list[Turn] = []
+        self._full: list[Turn] = []
 
-    def ended(self) -> None:
-        """Count a connection as ended."""
-        self.connections -= 1
+    async def next(self) -> Turn | None:
+        """Return the next source, or None. One with room goes before one without; where none has, wait for the first.
+
+        The place that it takes is to be given back: `leave`.
+
+        Raises:
+            RuntimeError: the connector was closed meanwhile.
+        """
+        limits, host = self._limits, self._host
+        for turn in self._turns:
+            if limits.paced and not limits.ready(turn.origin, host):
+                self._late.append(turn)
+            elif not limits.limited or limits.take(turn.origin, host):
+                return turn
+            else:
+                self._full.append(turn)
+        while self._late:
+            # Nobody can say which one is going to be first, but where the fewest wait it is soonest.
+            turn = min(self._late, key=lambda turn: limits.waiting(turn.origin))
+            self._late.remove(turn)
+            if not limits.limited or limits.take(turn.origin, host):
+                return turn
+            self._full.append(turn)
+        if not self._full:
+            return None
+        origin = await limits.wait([turn.origin for turn in self._full], host)
+        turn = next(turn for turn in self._full if turn.origin is origin)
+        self._full.remove(turn)
+        return turn
+
+    def leave(self, turn: Turn) -> None:
+        """Give the place of *turn* back."""
+        if self._limits.limited:
+            self._limits.release(turn.origin, self._host)
+
+    def leave_with(self, turn: Turn, sock: BoundSocket) -> None:
+        """Give the place of *turn* back when *sock* ends."""
+        if not self._limits.limited:
+            return
+        release = partial(self._limits.release, turn.origin, self._host)
+        sock.register(lambda *_: release())
+
+    def close(self) -> None:
+        """Ask for no more: a probe that is not under way leaves its chance to another connection."""
+        self._turns.close()
 
 
 class Dialer:
@@ -114,30 +147,30 @@ class Dialer:
         strict: bool = True,
         borrow: bool = False,
         direct: Iterable[str] = (),
+        limits: Limits[Origin] | None = None,
+        abort_on_link_down: bool = False,
+        on_event: Callable[[Event], object] | None = None,
     ) -> None:
-        if not sources:
-            raise TypeError("name at least one source, for example 'if!eth0' or '192.0.2.7'")
-        origins = {source: Origin(source, pooled=pooled) for source in map(parse_source, sources)}
-        if len(origins) < len(sources):
-            raise ValueError("a source is named twice: " + ", ".join(map(str, sources)))
-        #: each serves one loop and one set of sources, in the order in which they were named
-        self.origins = tuple(origins.values())
+        self._journal = Journal(on_event)
+        #: each serves one loop and one set of sources
+        self.roster = Roster(sources, policy, self._journal, pooled=pooled)
         #: stands for this dialer in `_scope`, without holding it
         self.scope = object()
-        self._listed = origins
-        # Sources pinned from outside the list live as long as somebody connects from them, or is connected.
-        self._guests: weakref.WeakValueDictionary[Source, Origin] = weakref.WeakValueDictionary()
-        self._policy: Policy = RoundRobin() if policy is None else policy
+        self.limits: Limits[Origin] = Limits() if limits is None else limits
         self._options = tuple((level, name, value) for level, name, value in socket_options)
-        self._pooled = pooled
         self._ports = LocalPorts(local_ports) if local_ports is not None else ANY_PORT
         self._strict = strict
+        self._borrow = borrow
         self._direct = Exempt(direct) if direct else None
         self._system = SystemLookup(ttl)
         self._lookup: Lookup = self._system if lookup is None else lookup(self.reach)
         self._planner = Planner(lookup=self._lookup, borrow=borrow)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
+        self._port_count: int | None = None
+        self._aborts = abort_on_link_down
+        #: is told which sockets' interface or address has gone
+        self.on_lost: Callable[[set[BoundSocket]], object] | None = None
 
     def enter(self) -> asyncio.AbstractEventLoop:
         """Return the running loop, which must be the one of the first use.
@@ -150,13 +183,21 @@ class Dialer:
             if self._loop is not None:
                 raise RuntimeError("this connector belongs to another event loop: make one for each loop")
             self._loop = loop
+            self._listen()
         if self._closed:
             raise RuntimeError("the connector is closed")
         return loop
 
+    def _listen(self) -> None:
+        # One source without a pool or a wish has nobody who would do anything about it.
+        if self.on_lost is not None or self._aborts or len(self.roster.listed) > 1:
+            self._planner.listen(self)
+
     def close(self) -> None:
         """Refuse new connections, and let go of the loop's interface watch."""
         self._closed = True
+        self.limits.close()
+        self.roster.close()
         self._lookup.close()
         self._planner.close()
 
@@ -164,31 +205,79 @@ class Dialer:
         """Drop the addresses of names that are kept for this dialer's sources."""
         self._lookup.forget(host)
 
-    def stats(self) -> tuple[SourceStats, ...]:
-        """Return the figures of each source, and of those pinned from outside that still have connections."""
-        guests = [guest for guest in list(self._guests.values()) if guest.connections]
-        return tuple(
-            SourceStats(origin.source, origin.connections, origin.in_use, 0, origin.connects)
-            for origin in (*self.origins, *guests)
-        )
+    def stats(self, idle: Mapping[Source, int] = MappingProxyType({})) -> tuple[SourceStats, ...]:
+        """Return the figures of each source, and of those from outside the list that still have connections.
+
+        Args:
+            idle: how many of its connections lie idle in a pool, for each source.
+        """
+        return tuple(origin.stats(idle.get(origin.source, 0)) for origin in self.roster.all)
+
+    def links_changed(self, table: InterfaceTable, *, lost: bool) -> None:
+        """Have the roster take notice, and see to the connections whose interface or address has gone."""
+        if self._closed:
+            return
+        self.roster.links_changed(table, borrow=self._borrow)
+        if not lost:
+            return
+        gone: set[BoundSocket] = set()
+        for origin in self.roster.all:
+            for sock in origin.sockets:
+                stood, sock.stood = sock.stood, self._planner.stands(sock)
+                if stood and not sock.stood:
+                    gone.add(sock)
+        if not gone:
+            return
+        # The kernel tells an established connection nothing. Those that are idle are of no use any more.
+        if self.on_lost is not None:
+            self.on_lost(gone)
+        if self._aborts:
+            for sock in gone:
+                platform.abort(sock)
+
+    # ── the list of sources ──
+
+    def add(self, source: str | Source) -> None:
+        """Choose from *source* as well."""
+        self.roster.add(source)
+        if self._loop is not None and not self._closed:
+            self._listen()
+
+    def remove(self, source: str | Source, *, drain: bool) -> Origin:
+        """Choose *source* no more; unless *drain*, cut its connections."""
+        origin = self.roster.remove(source)
+        self.limits.forget(origin)
+        if not drain:
+            for sock in origin.sockets:
+                platform.abort(sock)
+        return origin
+
+    def report(self, source: str | Source, host: str, *, ok: bool, seconds: float | None) -> None:
+        """Let other sources go to *host* for a while, or this one again."""
+        origin = self.roster.find(source)
+        if ok:
+            self.roster.accept(origin, place_of(host))
+        else:
+            error = OSError(errno.EACCES, "reported as banned there")
+            self.roster.shun(origin, place_of(host), error, banned=True, seconds=seconds)
 
     # ── route ──
 
-    def route(self, host: str, source: str | Source | None = None) -> Iterator[Origin]:
-        """Yield the sources to try for *host*: the pinned one alone, or all in the order of the policy.
+    def route(self, host: str, port: int, source: str | Source | None = None, *, towards: str | None = None) -> Route:
+        """Return the sources to try for *host*: the pinned one alone, or all in the order of the policy.
 
         Args:
             host: the destination.
+            port: its port.
             source: the pin of this one call; it wins over ``use_source``.
+            towards: what is connected to, as ``HOST:PORT``, where that is another one (a proxy).
         """
         pin = pinned(self.scope) if source is None else parse_source(source)
-        if pin is None:
-            # A policy yields from what it was given.
-            return iter(cast("Iterable[Origin]", self._policy.order(self.origins, host)))
-        origin = self._listed.get(pin) or self._guests.get(pin)
-        if origin is None:
-            origin = self._guests[pin] = Origin(pin, pooled=self._pooled)
-        return iter((origin,))
+        if pin is not None:
+            turns = self.roster.only(pin)
+        else:
+            turns = self.roster.order(place_of(host), towards or destination_of(host, port))
+        return Route(turns, self.limits, place_of(host))
 
     # ── targets ──
 
@@ -252,17 +341,17 @@ class Dialer:
 
     async def dial(
         self,
-        origin: Origin,
+        turn: Turn,
         host: str,
         targets: Sequence[Target],
         *,
         delay: float | None,
         begun: list[Target] | None = None,
     ) -> BoundSocket:
-        """Return a socket connected to one of *targets* from the source of *origin*, and counted there.
+        """Return a socket connected to one of *targets* from the source whose *turn* it is, and counted there.
 
         Args:
-            origin: whence.
+            turn: whence.
             host: what the caller calls the destination.
             targets: its addresses, in the order to try.
             delay: RFC 8305's Connection Attempt Delay in seconds; None: one attempt after the other.
@@ -274,10 +363,16 @@ class Dialer:
             ConnectError: no target answered.
         """
         loop = self.enter()
-        source, destination = origin.source, destination_of(host, targets[0].port)
+        origin, source = turn.origin, turn.origin.source
+        destination = destination_of(host, targets[0].port)
+        if origin.breakers and not turn.forced:
+            targets = self._allowed(turn, targets, destination)
         try:
             decisions = await self._plan(source, host, targets)
         except (BindError, ResolveError) as error:
+            origin.failed(error)
+            for family in {target.family for target in targets}:
+                self.roster.fails(origin, family, error)
             raise _with_context(error, source, destination) from error.__cause__
         bindings: dict[Target, Binding] = {}
         refusals: list[Refusal] = []
@@ -286,13 +381,62 @@ class Dialer:
                 refusals.append(decision)
             else:
                 bindings[target] = decision
-        attempts = [partial(self._attempt, loop, source, *planned, begun) for planned in bindings.items()]
-        sock, errors = await race(attempts, delay)
+        attempts = [
+            partial(self._attempt, loop, origin, *planned, destination=destination, begun=begun)
+            for planned in bindings.items()
+        ]
+        if turn.patience is None:
+            sock, errors = await race(attempts, delay)
+        else:
+            sock, errors = await self._probe(turn.patience, race(attempts, delay), origin, bindings)
         if sock is None:
+            if not bindings:
+                origin.failed(BindError(*refusals[0]))
             raise _failure(source, destination, list(zip(bindings, errors, strict=True)), refusals)
-        origin.opened()
-        sock.register(origin.ended)
+        sock.stood = self._planner.stands(sock)
+        origin.opened(sock)
+        self._mind_ports(origin, sock, destination)
         return sock
+
+    async def _probe(
+        self, patience: float, attempt: Awaitable[_Raced], origin: Origin, targets: Iterable[Target]
+    ) -> _Raced:
+        """Give a source that has failed before its chance, and let nobody wait for it for long."""
+        try:
+            async with asyncio.timeout(patience) as deadline:
+                return await attempt
+        except TimeoutError:
+            if not deadline.expired():
+                raise
+            error = BindError(errno.ETIMEDOUT, f"it has failed before, and gets no answer within {patience:.1f} s")
+            for family in {target.family for target in targets}:
+                self.roster.fails(origin, family, error)
+            return None, [error for _ in targets]
+
+    def _allowed(self, turn: Turn, targets: Sequence[Target], destination: str) -> Sequence[Target]:
+        """Leave out the families that the source is suspended for; where none is left, others shall go first."""
+        now, breakers = time.monotonic(), turn.origin.breakers
+        allowed = [
+            target for target in targets if target.family not in breakers or not breakers[target.family].suspended(now)
+        ]
+        if not allowed:
+            turn.held_back = True
+            breaker = breakers[targets[0].family]
+            reason = f"it is suspended for another {breaker.until - now:.1f} s, since it has failed"
+            cause = breaker.error or BindError(errno.ENETUNREACH, reason)
+            text = f"{reason}: {cause.strerror}"
+            raise _with_context(BindError(cause.errno or errno.ENETUNREACH, text), turn.origin.source, destination)
+        return allowed
+
+    def _mind_ports(self, origin: Origin, sock: BoundSocket, destination: str) -> None:
+        """Past half of the ports for a target another source shall go first, for as long as it takes to free some."""
+        if origin.source.__class__ is not Prefix and len(self.roster.listed) > 1:
+            taken = origin.ports_to(str(sock.target))
+            if self._port_count is None:
+                self._port_count = len(self._ports)
+            if taken > self._port_count // 2:
+                text = f"{taken:,} of its {self._port_count:,} ports for {sock.target} are taken"
+                self.roster.shun(origin, destination, BindError(errno.EADDRNOTAVAIL, text))
 
     async def reach(self, source: Source | None, target: Target, kind: int) -> BoundSocket:
         """Return a socket of *kind* connected to *target* from *source*, which no figure counts.
@@ -323,17 +467,60 @@ class Dialer:
     async def _attempt(
         self,
         loop: asyncio.AbstractEventLoop,
-        source: Source,
+        origin: Origin,
         target: Target,
         binding: Binding,
+        *,
+        destination: str,
         begun: list[Target] | None,
     ) -> BoundSocket:
+        """Try one target, and draw the conclusions about the source."""
         if begun is not None:
             begun.append(target)
-        sock = await self._open(loop, target, binding)
+        roster, source, began = self.roster, origin.source, time.monotonic()
+        try:
+            sock = await self._open(loop, target, binding)
+        except asyncio.CancelledError:
+            # Given up by a caller whose patience had an end, or because another target has answered. The first SYN is
+            # repeated after a second (RFC 6298): from then on the silence means something.
+            if time.monotonic() - began >= _SILENCE:
+                error: OSError = TimeoutError(errno.ETIMEDOUT, "no answer")
+                self._tell_failure(origin, target, error, began)
+                roster.waits_in_vain(origin, target.family, target, began, error)
+            raise
+        except NoPortError as error:
+            self._tell_failure(origin, target, error, began)
+            roster.shun(origin, destination, error)
+            raise
+        except BindError as error:
+            self._tell_failure(origin, target, error, began)
+            roster.fails(origin, target.family, error)
+            raise
+        except OSError as error:
+            self._tell_failure(origin, target, error, began)
+            if error.errno in _NO_ANSWER:
+                roster.waits_in_vain(origin, target.family, target, began, error)
+            elif error.errno in _ANSWERS:
+                roster.works(origin, target.family, target)
+            raise
+        seconds = time.monotonic() - began
         sock.target = target
         sock.bound = BoundSource(source, sock.interface, *sock.name)
+        if binding.owner is not None:
+            sock.ifindex = binding.owner.index
+        origin.latency.add(seconds)
+        roster.works(origin, target.family, target)
+        if self._journal.reads_attempts:
+            self._journal.connected(source, str(target), seconds)
+        if binding.device is not None and sock.interface is None and not origin.unpinned:
+            origin.unpinned = True
+            self._journal.unpinned(source, str(target))
         return sock
+
+    def _tell_failure(self, origin: Origin, target: Target, error: OSError, began: float) -> None:
+        origin.failed(error)
+        if self._journal.reads_attempts:
+            self._journal.failed(origin.source, str(target), error, time.monotonic() - began)
 
     async def _open(
         self, loop: asyncio.AbstractEventLoop, target: Target, binding: Binding, kind: int = socket.SOCK_STREAM
@@ -372,7 +559,7 @@ class Dialer:
         try:
             # One errno for that, the one of connect(2), whichever call it was that found none.
             reason = f"no source address or {ports} is left for this destination"
-            raise BindError(errno.EADDRNOTAVAIL, reason) from failure
+            raise NoPortError(errno.EADDRNOTAVAIL, reason) from failure
         finally:
             del failure  # which would hold this very frame
 
@@ -407,6 +594,11 @@ class Dialer:
             self._ports.doubt()
             reason = f"the system connected from {port}, which is no {self._ports}; no data was sent"
             raise BindError(errno.EADDRNOTAVAIL, reason)
+
+
+def place_of(host: str) -> str:
+    """Return *host* as it is compared: without case, and without the dot of the root."""
+    return host.rstrip(".").lower()
 
 
 def destination_of(host: str, port: int) -> str:

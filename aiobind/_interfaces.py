@@ -17,18 +17,20 @@ import math
 import socket
 import weakref
 from contextlib import suppress
-from typing import TYPE_CHECKING, Self, TypeAlias, cast
+from typing import TYPE_CHECKING, Protocol, Self, TypeAlias, cast
 
 from ._binding import Binding, Link, Refusal, bind_on_link, listed
 from ._errors import BindError
 from ._platform import platform
 from ._platform.base import AddressGone, AddressSeen, LinkGone, LinkSeen, ListEnd
+from ._sources import Address, Interface
 
 if TYPE_CHECKING:
     from ._binding import IPAddress, LinkAddress, Target
     from ._platform.base import Feed, Record
+    from ._sources import Source
 
-__all__ = ["Guard", "InterfaceTable", "InterfaceWatch", "Interfaces", "NoNeighbourError"]
+__all__ = ["Guard", "InterfaceTable", "InterfaceWatch", "Interfaces", "Listener", "NoNeighbourError"]
 
 #: Datagrams that one turn of the loop reads at most, so that a host with 10,000 addresses stalls nobody.
 _PIECES_PER_TURN = 2
@@ -49,20 +51,29 @@ class InterfaceTable:
         #: every address of this host, as text, and the entries of the links that hold it
         self.own: dict[str, dict[tuple[int, bytes], LinkAddress]] = {}
         self._decisions: dict[_Question, Binding | Refusal] = {}
+        #: how often something has changed; and how often something has gone that a connection may stand on
+        self.changes = self.losses = 0
 
     def apply(self, record: Record) -> None:
         """Take one record in."""
-        self._decisions.clear()
         match record:
             case LinkSeen():
                 self._link(record)
             case LinkGone(index):
+                self.changes += 1
+                self.losses += 1
                 self._gone(index)
             case AddressSeen(index, address, entry) if index in self._links:
                 text = str(address.ip)
+                entries = self.own.setdefault(text, {})
+                if entries.get((index, entry)) == address:
+                    return  # a router's advertisement has made it younger
+                self.changes += 1
                 self._links[index].addresses[text] = address
-                self.own.setdefault(text, {})[index, entry] = address
+                entries[index, entry] = address
             case AddressGone(index, ip, entry) if index in self._links:
+                self.changes += 1
+                self.losses += 1
                 other = self._disown(index, str(ip), entry)
                 if other is not None:
                     self._links[index].addresses[str(ip)] = other
@@ -70,13 +81,17 @@ class InterfaceTable:
                     self._links[index].addresses.pop(str(ip), None)
             case _:
                 pass
+        self._decisions.clear()
 
     def _link(self, seen: LinkSeen) -> None:
         old = self._links.get(seen.ifindex)
         link = Link(
             seen.ifindex, seen.name, seen.loopback, seen.kind, seen.master, seen.altnames, seen.up, seen.carrier
         )
+        self.changes += 1
         if old is not None:
+            lost = (old.up and not link.up) or (old.carrier and not link.carrier)
+            self.losses += lost or (old.name, old.altnames) != (link.name, link.altnames)
             link.addresses = old.addresses
             self._unname(old)
         self._links[seen.ifindex] = link
@@ -132,10 +147,83 @@ class InterfaceTable:
             self._decisions[key] = decision
         return decision
 
+    def trouble(self, source: Source, *, borrow: bool = False) -> Refusal | None:
+        """Return why *source* can serve nobody at present: its interface is away, or its address; None: nothing is.
+
+        A literal address stands and falls with the interface that holds it. That of a name, or of a prefix, is not
+        known here.
+        """
+        match source:
+            case Interface(name, local):
+                link = self._names.get(name)
+                if link is None:
+                    return Refusal(errno.ENODEV, self._no_such_link(name))
+                if not (link.up and link.carrier):
+                    return _away(link)
+                if borrow or link.kind == "vrf":
+                    return None
+                if isinstance(local, Address) and not self._holds(link, str(local.ip).partition("%")[0]):
+                    return Refusal(errno.EADDRNOTAVAIL, f"{local} is not an address of {name}")
+                if not any(_serves(address) for address in link.addresses.values()):
+                    return Refusal(errno.EADDRNOTAVAIL, f"{name} has no address")
+                return None
+            case Address(ip):
+                text, _, zone = str(ip).partition("%")
+                if zone:
+                    return self.trouble(Interface(zone, local=source), borrow=borrow)
+                if self.stands(None, 0, text) or (ip.is_loopback and ip.version == 4):
+                    return None
+                holders = [self._links[index] for index, _ in self.own.get(text, ())]
+                if holders:
+                    return _away(holders[0])
+                return Refusal(errno.EADDRNOTAVAIL, f"no interface holds {text}")
+            case _:
+                return None
+
+    def stands(self, name: str | None, ifindex: int, local: str, *, borrow: bool = False) -> bool:
+        """Return whether a connection can still get through, as far as this host goes.
+
+        Args:
+            name: the interface that it is pinned to.
+            ifindex: the index of that: under the same name there may be another one by now.
+            local: its local address, without a zone.
+            borrow: the address need not be that interface's.
+        """
+        if name is not None:
+            link = self._names.get(name)
+            if link is None or link.index != ifindex or not (link.up and link.carrier):
+                return False
+            return self._holds(link, local) or ((borrow or link.kind == "vrf") and local in self.own)
+        holders = [self._links[index] for index, _ in self.own.get(local, ())]
+        return any(link.up and link.carrier for link in holders)
+
+    def _holds(self, link: Link, local: str) -> bool:
+        # The whole of 127.0.0.0/8 is local to the loopback interface, which lists 127.0.0.1 alone.
+        return local in link.addresses or (link.loopback and local.startswith("127."))
+
     def _no_such_link(self, name: str) -> str:
         same = [known for known in self._names if known.casefold() == name.casefold()]
         hint = f"; did you mean {same[0]!r}?" if same else ""
         return f"no interface named {name!r} (have: {listed(sorted(self._names))}){hint}"
+
+
+def _away(link: Link) -> Refusal:
+    if not link.up:
+        return Refusal(errno.ENETUNREACH, f"{link.name} is down")
+    return Refusal(errno.EHOSTUNREACH, f"{link.name} has no carrier")
+
+
+def _serves(address: LinkAddress) -> bool:
+    # An interface that has lost its addresses still has the link-local one that the kernel gives it.
+    return not address.tentative and not (address.ip.version == 6 and address.ip.is_link_local)
+
+
+class Listener(Protocol):
+    """Who wants to know what becomes of the interfaces."""
+
+    def links_changed(self, table: InterfaceTable, *, lost: bool) -> None:
+        """Take notice of *table*; *lost*: something has gone that a connection may stand on."""
+        ...
 
 
 class Interfaces:
@@ -240,11 +328,31 @@ class InterfaceWatch:
         self._loop = loop
         self._interfaces = Interfaces(feed)
         self._waiting: list[asyncio.Future[OSError | None]] = []
+        self._listeners: weakref.WeakSet[Listener] = weakref.WeakSet()
+        self._heard: tuple[InterfaceTable | None, int, int] = (None, 0, 0)
         self.guards: set[Guard] = set()
         self._sweep_is_due = False
         loop.add_reader(feed.fileno(), _on_readable, cast("weakref.ref[InterfaceWatch]", weakref.ref(self)))
         # Not __del__: the collector may run in any thread, and remove_reader belongs to the loop's.
         weakref.finalize(self, _close, loop, feed).atexit = False
+
+    def listen(self, listener: Listener) -> None:
+        """Tell *listener*, which is held weakly, of the interfaces now or soon, and whenever they change.
+
+        Raises:
+            OSError: the system refused to tell.
+        """
+        self._listeners.add(listener)
+        if self._interfaces.told:
+            assert self._interfaces.table is not None
+            listener.links_changed(self._interfaces.table, lost=True)
+        else:
+            self._interfaces.read()  # asks for them; the answer comes by the reader
+
+    @property
+    def last(self) -> InterfaceTable | None:
+        """The table as it was last read, if it has been; there may be news."""
+        return self._interfaces.table
 
     def look(self) -> InterfaceTable | None:
         """Return the table if it is true in this moment; if not, `caught_up` makes it so.
@@ -319,10 +427,21 @@ class InterfaceWatch:
             return False
         if self._interfaces.told:
             self._tell(None)
+            self._tell_listeners()
         if self.guards and self._interfaces.table is not None:
             for guard in tuple(self.guards):
                 guard.check(self._interfaces.table)
         return more
+
+    def _tell_listeners(self) -> None:
+        table = self._interfaces.table
+        assert table is not None
+        last, changes, losses = self._heard
+        if table is last and table.changes == changes:
+            return
+        self._heard = table, table.changes, table.losses
+        for listener in tuple(self._listeners):
+            listener.links_changed(table, lost=table is not last or table.losses != losses)
 
     def _tell(self, refusal: OSError | None) -> None:
         waiting, self._waiting = self._waiting, []
@@ -361,12 +480,13 @@ class Guard:
         self,
         watch: InterfaceWatch,
         sock: socket.socket,
-        link: Link,
+        link: Link | None,
         local: IPAddress | None,
         target: Target,
         *,
         borrow: bool = False,
     ) -> None:
+        # Without a link it is whichever holds the address.
         self._watch = watch  # which lives as long as it is needed, also when the connector is closed meanwhile
         self._sock = sock
         self._link = link
@@ -397,6 +517,7 @@ class Guard:
             OSError: the host's interfaces cannot be read.
         """
         if self.silent_hop is not None:
+            assert self._link is not None
             reason = f"no route to host: nobody answers for {self.silent_hop} on {self._link.name}"
             raise NoNeighbourError(errno.EHOSTUNREACH, reason) from cause
         if self.refusal is None:
@@ -406,15 +527,23 @@ class Guard:
 
     def check(self, table: InterfaceTable) -> None:
         """Abort if *table* refuses now what it allowed before."""
+        refusal = self._refused_by(table)
+        if refusal is not None and self.refusal is None:
+            self.refusal = refusal
+            self._abort()
+
+    def _refused_by(self, table: InterfaceTable) -> Refusal | None:
+        if self._link is None:
+            assert self._local is not None
+            if table.stands(None, 0, str(self._local[0]).partition("%")[0]):
+                return None
+            return table.trouble(Address(self._local[0]))
         # By its index, for a socket follows its interface through a change of name, and no other link of that name.
         name = table.name_of(self._link.index)
         if name is None:
-            decision: Binding | Refusal = Refusal(errno.ENODEV, f"{self._link.name} is gone")
-        else:
-            decision = table.bind(name, self._target, self._local, borrow=self._borrow)
-        if isinstance(decision, Refusal) and self.refusal is None:
-            self.refusal = decision
-            self._abort()
+            return Refusal(errno.ENODEV, f"{self._link.name} is gone")
+        decision = table.bind(name, self._target, self._local, borrow=self._borrow)
+        return decision if isinstance(decision, Refusal) else None
 
     def look_for_neighbour(self, due: float) -> bool:
         """Abort if nobody answers for the next hop; return False if it is too early: the attempt began after *due*."""
@@ -423,7 +552,10 @@ class Guard:
         if self._looked > due - 1.0:  # each once in a second: else every sweep would ask for all that are old
             return True
         self._looked = due
-        if self._local is not None and (self._borrow or self._target.family == socket.AF_INET6):
+        pinned = self._link is not None and self._local is not None
+        if pinned and (self._borrow or self._target.family == socket.AF_INET6):
+            assert self._link is not None
+            assert self._local is not None
             with suppress(OSError):
                 source = str(self._local[0]).partition("%")[0]
                 self.silent_hop = platform.silent_hop(self._link.index, self._target.host, source)

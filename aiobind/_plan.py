@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Container, Sequence
 
     from ._binding import IPAddress, Target
-    from ._interfaces import InterfaceTable
+    from ._interfaces import InterfaceTable, Listener
     from ._resolve import Lookup
     from ._sockets import BoundSocket
     from ._sources import Source
@@ -70,11 +70,37 @@ class Planner:
 
     def guard(self, sock: BoundSocket, binding: Binding, target: Target) -> Guard | None:
         """Return what aborts *sock* when its interface can no longer serve it while it connects; None: nothing can."""
-        if binding.owner is None:
+        if binding.owner is not None:
+            # The connector may have been closed since it planned: its attempts are watched over to their end.
+            watch = self._watch or InterfaceWatch.of(asyncio.get_running_loop())
+            return Guard(watch, sock, binding.owner, sock.local, target, borrow=self._borrow)
+        # A literal address leaves by whatever interface the routing table names, and may work while its own is away
+        # (the weak host model): so it is only guarded against what happens from now on.
+        table = self._watch.last if self._watch is not None else None
+        if (
+            table is None
+            or sock.local is None
+            or binding.device
+            or binding.freebind
+            or not table.stands(None, 0, _text(sock.local))
+        ):
             return None
-        # The connector may have been closed since it planned: its attempts are watched over to their end.
-        watch = self._watch or InterfaceWatch.of(asyncio.get_running_loop())
-        return Guard(watch, sock, binding.owner, sock.local, target, borrow=self._borrow)
+        assert self._watch is not None
+        return Guard(self._watch, sock, None, sock.local, target)
+
+    def listen(self, listener: Listener) -> None:
+        """Tell *listener* of the interfaces, whenever they change; say nothing where the system does not tell."""
+        with suppress(OSError):
+            if self._watch is None:
+                self._watch = InterfaceWatch.of(asyncio.get_running_loop())
+            self._watch.listen(listener)
+
+    def stands(self, sock: BoundSocket) -> bool:
+        """Return whether the interface and the address of *sock* are there; False as well when nobody can tell."""
+        table = self._watch.last if self._watch is not None else None
+        return table is not None and table.stands(
+            sock.interface, sock.ifindex, sock.name[0].partition("%")[0], borrow=self._borrow
+        )
 
     async def _on_interface(
         self, name: str, local: tuple[IPAddress, ...] | None, targets: Sequence[Target]
@@ -116,6 +142,10 @@ class Planner:
         except OSError as error:
             reason = f"the interfaces of this host cannot be read: {error.strerror}"
             raise BindError(error.errno or errno.EINVAL, reason) from error
+
+
+def _text(ip: IPAddress) -> str:
+    return str(ip).partition("%")[0]
 
 
 def _with_zone(ip: IPAddress, scope_id: int) -> IPAddress:

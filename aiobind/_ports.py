@@ -85,6 +85,9 @@ class LocalPorts:
         for offset in range(min(len(self._ports), _TRIED)):
             yield self._ports[(first + offset) % len(self._ports)]
 
+    def __len__(self) -> int:
+        return len(self._ports) if self._ports is not None else platform.port_count()
+
     def __contains__(self, port: int) -> bool:
         return self._ports is None or port in self._ports
 

@@ -103,6 +103,13 @@ def _descriptor(connection: object) -> int:
     return descriptor
 
 
+#: Bytes sent and received, and whether to close it now leaves its port in TIME_WAIT: `Platform.traffic`.
+Traffic: TypeAlias = "tuple[int, int, bool]"
+
+#: Is told of the end of a socket: which, its descriptor before, and what it has carried.
+OnEnd: TypeAlias = "Callable[[BoundSocket, int, Traffic | None], object]"
+
+
 class BoundSocket(socket.socket):
     """A socket that knows where it leaves from, and reports its end once."""
 
@@ -113,14 +120,24 @@ class BoundSocket(socket.socket):
     name: tuple[str, int] = ("", 0)
     bound: BoundSource | None = None
     target: Target | None = None
+    #: the interface that it is pinned to, by its index; 0: none. And whether that, and the address, were there last.
+    ifindex: int = 0
+    stood: bool = False
     _claim: Claim | None = None
-    _on_end: Callable[[], None] | None = None
+    _on_end: tuple[OnEnd, ...] = ()
 
-    def register(self, on_end: Callable[[], None]) -> None:
-        """Count this connection as open, until *on_end* is told that it has ended."""
-        self._on_end = on_end
+    def register(self, on_end: OnEnd) -> None:
+        """Count this connection as open, until *on_end* is told that it has ended, and what it has carried."""
+        self._on_end += (on_end,)
         if self.bound is not None:
             _open[self.fileno()] = self.bound
+
+    def traffic(self) -> Traffic | None:
+        """Return what the connection has carried so far; None: nobody can tell."""
+        try:
+            return platform.traffic(self)
+        except OSError:  # closed meanwhile, by another thread
+            return None
 
     def claim(self, local: IPAddress, target: Target) -> bool:
         """Enter the source address and the target of this socket; return whether it must reserve its port."""
@@ -130,38 +147,41 @@ class BoundSocket(socket.socket):
 
     def close(self) -> None:
         """Close the socket."""
-        descriptor, unsent = self.fileno(), self._unsent()
+        descriptor, last = self.fileno(), self._last()
         try:
             super().close()
         finally:
             if self.fileno() < 0:  # not while a makefile() object keeps it open
-                self._end(descriptor, unsent=unsent)
+                self._end(descriptor, *last)
 
     def detach(self) -> int:
         """Give the descriptor away; the connection counts as ended, for nobody can tell any more when it does."""
-        unsent = self._unsent()
+        last = self._last()
         descriptor = super().detach()
-        self._end(descriptor, unsent=unsent)
+        self._end(descriptor, *last)
         return descriptor
 
     def __del__(self) -> None:
-        self._end(self.fileno(), unsent=self._unsent())
+        self._end(self.fileno(), *self._last())
         super().__del__()  # type: ignore[misc]  # closes it, with the ResourceWarning of an unclosed socket
 
-    def _unsent(self) -> bool:
+    def _last(self) -> tuple[bool, Traffic | None]:
+        """Return what can be told only while it is open: whether bytes are left to send, and what it has carried."""
         # Only what is pinned is in danger: see `_ports`.
-        return self._claim is not None and self._claim[3] and platform.unsent(self)
+        unsent = self._claim is not None and self._claim[3] and platform.unsent(self)
+        return unsent, self.traffic() if self._on_end else None
 
-    def _end(self, descriptor: int, *, unsent: bool = False) -> None:
+    def _end(self, descriptor: int, unsent: bool = False, traffic: Traffic | None = None) -> None:  # noqa: FBT
         ended, self._claim = self._claim, None
         if ended is not None:
             release(ended, unsent=unsent)
-        on_end, self._on_end = self._on_end, None
-        if on_end is not None:
+        on_end, self._on_end = self._on_end, ()
+        if on_end:
             # The number may belong to another connection by now, opened by another thread.
             if _open.get(descriptor) is self.bound:
                 del _open[descriptor]
-            on_end()
+            for tell in on_end:
+                tell(self, descriptor, traffic)
 
 
 @contextmanager
@@ -262,21 +282,21 @@ def _pin(sock: BoundSocket, device: str, *, strict: bool) -> None:
     try:
         platform.pin(sock, device)
     except OSError as error:
+        refused = _refused("pin", error, device)
+        if error.errno == errno.EPERM and (device, strict) not in _unpinned:
+            _unpinned.add((device, strict))
+            what = "connections from it fail"
+            if not strict:
+                what = "connections from it have one of its addresses, and may leave by any interface (strict=False)"
+            _log.warning("the pin to %s is not permitted: %s", shown(device), what)
         if error.errno != errno.EPERM or strict:
-            raise _refused("pin", error, device) from error.with_traceback(None)
-        if device not in _unpinned:
-            _unpinned.add(device)
-            _log.warning(
-                "the pin to %s is not permitted: connections from it have one of its addresses, and may leave by any"
-                " interface (strict=False)",
-                shown(device),
-            )
+            raise refused from error.with_traceback(None)
     else:
         sock.interface = device
 
 
-#: Interfaces whose missing pin has been logged.
-_unpinned: set[str] = set()
+#: Interfaces whose missing pin has been logged, and with which option.
+_unpinned: set[tuple[str, bool]] = set()
 _log = logging.getLogger("aiobind")
 
 

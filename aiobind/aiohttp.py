@@ -19,6 +19,7 @@ import socket
 import weakref
 from collections import Counter, defaultdict
 from contextvars import ContextVar
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import aiohttp
@@ -26,17 +27,15 @@ from aiohttp.abc import AbstractResolver
 from aiohttp.client_proto import ResponseHandler
 
 from ._binding import Target
-from ._connector import make_dialer
-from ._dial import Origin, SourceStats, destination_of
+from ._connector import Sourced, make_dialer
+from ._dial import destination_of, place_of
 from ._errors import AiobindError, ResolveError, is_sources_fault, merged
 from ._race import interleave
 from ._resolve import literal, resolve
-from ._scope import scoped
 from ._sockets import BoundSource, finders, handed_over
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Iterable, Iterator, Sequence
-    from contextlib import AbstractContextManager
+    from collections.abc import Callable, Coroutine, Iterable, Sequence
 
     from aiohttp.abc import ResolveResult
     from aiohttp.client_reqrep import ClientRequest, ConnectionKey
@@ -44,9 +43,12 @@ if TYPE_CHECKING:
     from aiohttp.tracing import Trace
     from yarl import URL
 
-    from ._dial import Dialer
+    from ._dial import Dialer, Route
+    from ._events import Event
+    from ._origin import Origin, SourceStats
     from ._policy import Policy
     from ._resolve import Resolved
+    from ._roster import Turn
     from ._sockets import BoundSocket, SocketOption
     from ._sources import Source
 
@@ -84,10 +86,10 @@ def _host_key(key: Any) -> Any:
 class _SourcedRequest:
     """A request as aiohttp's pool shall see it: the same, with a key that has the source."""
 
-    def __init__(self, request: ClientRequest, origin: Origin) -> None:
+    def __init__(self, request: ClientRequest, turn: Turn) -> None:
         self.request = request
-        self.origin = origin
-        self.connection_key = _SourcedKey(request.connection_key, origin)
+        self.turn = turn
+        self.connection_key = _SourcedKey(request.connection_key, turn.origin)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.request, name)
@@ -96,22 +98,23 @@ class _SourcedRequest:
 class _Dial:
     """One new connection: whence, and what came of it. The context carries it past aiohttp's proxy code."""
 
-    def __init__(self, origin: Origin) -> None:
-        self.origin = origin
+    def __init__(self, turn: Turn) -> None:
+        self.turn = turn
         self.sock: BoundSocket | None = None
 
 
 _dialling: ContextVar[_Dial] = ContextVar("aiobind_dialling")
 
-#: Where the connection of a protocol leaves from; also when its response was read and it went back to the pool.
-_bound: weakref.WeakKeyDictionary[ResponseHandler, BoundSource] = weakref.WeakKeyDictionary()
+#: The socket of a protocol; also when its response was read and the connection went back to the pool.
+_sockets: weakref.WeakKeyDictionary[ResponseHandler, BoundSocket] = weakref.WeakKeyDictionary()
 
 
 def _bound_response(thing: object) -> BoundSource | None:
     if not isinstance(thing, aiohttp.ClientResponse):
         return None
     protocol = thing._protocol  # noqa: SLF001
-    return _bound.get(protocol) if isinstance(protocol, ResponseHandler) else None
+    sock = _sockets.get(protocol) if isinstance(protocol, ResponseHandler) else None
+    return sock.bound if sock is not None else None
 
 
 finders.append(_bound_response)
@@ -144,7 +147,7 @@ class _SourceResolver(AbstractResolver):
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
-        return _results(host, port, await self._dialer.find(_dialling.get().origin, host, port, family=family))
+        return _results(host, port, await self._dialer.find(_dialling.get().turn.origin, host, port, family=family))
 
     async def close(self) -> None:
         """Do nothing: it ends with the connector."""
@@ -164,7 +167,7 @@ def _results(host: str, port: int, found: Iterable[Resolved]) -> list[ResolveRes
     ]
 
 
-class BoundTCPConnector(aiohttp.TCPConnector):
+class BoundTCPConnector(Sourced, aiohttp.TCPConnector):
     """An ``aiohttp.TCPConnector`` whose connections leave from the sources that you name.
 
     A keep-alive connection belongs to its source: a request for one source never rides on another's. The policy
@@ -214,6 +217,11 @@ class BoundTCPConnector(aiohttp.TCPConnector):
         borrow: bool = False,
         direct: Sequence[str] = (),
         fast_connect: bool = False,
+        limit_per_source_host: int = 0,
+        rate_per_source: float | None = None,
+        rate_per_source_host: float | None = None,
+        abort_on_link_down: bool = False,
+        on_event: Callable[[Event], object] | None = None,
         use_dns_cache: bool = True,
         ttl_dns_cache: int | None = 10,
         resolver: AbstractResolver | None = None,
@@ -237,6 +245,12 @@ class BoundTCPConnector(aiohttp.TCPConnector):
             fast_connect=fast_connect,
             ttl=ttl_dns_cache if use_dns_cache else 0,
             pooled=True,
+            limit_per_source=limit_per_source,
+            limit_per_source_host=limit_per_source_host,
+            rate_per_source=rate_per_source,
+            rate_per_source_host=rate_per_source_host,
+            abort_on_link_down=abort_on_link_down,
+            on_event=on_event,
         )
         self._caches_names = use_dns_cache
         if resolver is None:
@@ -244,7 +258,6 @@ class BoundTCPConnector(aiohttp.TCPConnector):
         self._delay = happy_eyeballs_delay
         self._first_family_count = interleave or 1
         self._limit_per_source = limit_per_source
-        self._slots: weakref.WeakKeyDictionary[Origin, asyncio.Semaphore] = weakref.WeakKeyDictionary()
         super().__init__(
             happy_eyeballs_delay=happy_eyeballs_delay,
             interleave=interleave,
@@ -255,6 +268,8 @@ class BoundTCPConnector(aiohttp.TCPConnector):
             **keywords,
         )
         self._acquired_per_host = _PerHost(set)
+        # Weakly: a forgotten connector is to be gone at once.
+        self._dialer.on_lost = partial(_on_lost, weakref.ref(self))
 
     @property
     def use_dns_cache(self) -> bool:
@@ -274,33 +289,38 @@ class BoundTCPConnector(aiohttp.TCPConnector):
         """How many connections of one source may be in use or being made; 0 for no limit."""
         return self._limit_per_source
 
-    def use_source(self, source: str | Source) -> AbstractContextManager[Source]:
-        """Pin this connector's requests that are made inside the ``with`` block to *source*.
-
-        *source* need not be one of the connector's. A pinned request never moves to another source. This pin wins over
-        ``aiobind.use_source``; tasks created inside inherit it.
-
-        Raises:
-            InvalidSource: *source* names no source.
-        """
-        return scoped(self._dialer.scope, source)
-
     def stats(self) -> tuple[SourceStats, ...]:
-        """Return the figures of each source; one from outside the list is there while it has connections."""
-        idle = Counter(
-            key.origin.source
-            for key, connections in cast("dict[object, Sequence[tuple[ResponseHandler, float]]]", self._conns).items()
+        """Return the figures of each source; one from outside the list is there while it has connections.
+
+        Any thread may ask.
+        """
+        idle = Counter(key.origin.source for key, protocol in self._idle() if protocol.is_connected())
+        return self._dialer.stats(idle)
+
+    def remove(self, source: str | Source, *, drain: bool = True) -> None:  # noqa: D102 - the same, and the pool's
+        origin = self._dialer.remove(source, drain=drain)
+        for key, protocol in self._idle():
+            if key.origin is origin:
+                _end(protocol)
+
+    def _drop_idle(self, gone: set[BoundSocket]) -> None:
+        """Close the idle connections whose interface or address has gone: the kernel never would."""
+        for _, protocol in self._idle():
+            if _sockets.get(protocol) in gone:
+                _end(protocol)
+
+    def _idle(self) -> list[tuple[_SourcedKey, ResponseHandler]]:
+        pool = cast("dict[object, Sequence[tuple[ResponseHandler, float]]]", self._conns)
+        return [
+            (key, protocol)
+            for key, connections in pool.copy().items()
             if isinstance(key, _SourcedKey)  # aiohttp 3.12 keeps a proxy's tunnel as well, under its own key
-            for protocol, _ in connections
-            if protocol.is_connected()
-        )
-        return tuple(figures._replace(idle=idle[figures.source]) for figures in self._dialer.stats())
+            for protocol, _ in tuple(connections)
+        ]
 
     def close(self, **keywords: Any) -> Coroutine[Any, Any, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Close all connections, as ``aiohttp.TCPConnector.close`` does."""
         self._dialer.close()
-        for slot in self._slots.values():
-            slot.release()  # who waits for it finds the connector closed, and passes it on
         return super().close(**keywords)
 
     async def connect(self, req: ClientRequest, traces: list[Trace], timeout: aiohttp.ClientTimeout) -> Connection:
@@ -309,17 +329,32 @@ class BoundTCPConnector(aiohttp.TCPConnector):
             raise RuntimeError("this connector belongs to another event loop: make one for each loop")
         failures: list[AiobindError] = []
         error: aiohttp.ClientConnectorError | None = None
-        for origin in self._origins(req.url.raw_host or ""):
-            try:
-                return await self._connect_from(origin, req, traces, timeout)
-            except aiohttp.ClientConnectorError as this:
-                # ClientConnectorCertificateError had no os_error in aiohttp 3.12.
-                if not isinstance(getattr(this, "os_error", None), AiobindError):
+        url, proxy = req.url, req.proxy
+        towards = None if proxy is None else destination_of(proxy.raw_host or "", proxy.port or 0)
+        route = self._dialer.route(url.raw_host or "", url.port or 0, towards=towards)
+        try:
+            while (turn := await self._next(route, timeout)) is not None:
+                try:
+                    connection = await super().connect(
+                        cast("ClientRequest", _SourcedRequest(req, turn)), traces, timeout
+                    )
+                except aiohttp.ClientConnectorError as this:
+                    route.leave(turn)
+                    # ClientConnectorCertificateError had no os_error in aiohttp 3.12.
+                    if not isinstance(getattr(this, "os_error", None), AiobindError):
+                        raise
+                    error = this
+                    failures.append(cast("AiobindError", this.os_error))
+                    if not is_sources_fault(failures[-1]):
+                        break
+                except BaseException:
+                    route.leave(turn)
                     raise
-                error = this
-                failures.append(cast("AiobindError", this.os_error))
-                if not is_sources_fault(failures[-1]):
-                    break
+                else:
+                    turn.origin.handed_out()
+                    return connection
+        finally:
+            route.close()
         if error is None:
             raise RuntimeError("the policy named no source")
         try:
@@ -329,59 +364,40 @@ class BoundTCPConnector(aiohttp.TCPConnector):
         finally:
             del error, failures  # which hold this very frame
 
-    def _origins(self, host: str) -> Iterator[Origin]:
-        """Yield the sources in the order to try; those whose slots are all taken come last, and are waited for."""
-        full: list[Origin] = []
-        for origin in self._dialer.route(host):
-            if self._limit_per_source and self._slot(origin).locked():
-                full.append(origin)
-            else:
-                yield origin
-        yield from full
-
-    def _slot(self, origin: Origin) -> asyncio.Semaphore:
-        slot = self._slots.get(origin)
-        if slot is None:
-            slot = self._slots[origin] = asyncio.Semaphore(self._limit_per_source)
-        return slot
-
-    async def _connect_from(
-        self, origin: Origin, req: ClientRequest, traces: list[Trace], timeout: aiohttp.ClientTimeout
-    ) -> Connection:
-        sourced = cast("ClientRequest", _SourcedRequest(req, origin))
-        if not self._limit_per_source:
-            connection = await super().connect(sourced, traces, timeout)
-        else:
-            slot = self._slot(origin)
-            async with _deadline(timeout.connect):  # the wait for a slot counts as aiohttp's own wait does
-                await slot.acquire()
-                try:
-                    connection = await super().connect(sourced, traces, timeout)
-                except BaseException:
-                    slot.release()
-                    raise
-        origin.held += 1
-        return connection
+    async def _next(self, route: Route, timeout: aiohttp.ClientTimeout) -> Turn | None:
+        if not self._dialer.limits.limited:
+            return await route.next()
+        try:
+            async with _deadline(timeout.connect):  # the wait for a place counts as aiohttp's own wait does
+                return await route.next()
+        except RuntimeError as error:
+            if not self.closed:
+                raise
+            raise aiohttp.ClientConnectionError("Connector is closed") from error
 
     def _release(self, key: Any, protocol: ResponseHandler, *, should_close: bool = False) -> None:
-        super()._release(key, protocol, should_close=should_close)
-        if isinstance(key, _SourcedKey):  # not the tunnel of a proxy, which is released under aiohttp's own key
-            key.origin.held -= 1
-            if self._limit_per_source:
-                self._slot(key.origin).release()
+        if not isinstance(key, _SourcedKey):  # the tunnel of a proxy, which is released under aiohttp's own key
+            super()._release(key, protocol, should_close=should_close)
+            return
+        super()._release(cast("Any", key), protocol, should_close=should_close or key.origin.removed)
+        key.origin.given_back()
+        if self._dialer.limits.limited:
+            self._dialer.limits.release(key.origin, place_of(key.host_key.host))
 
     async def _create_connection(
         self, req: ClientRequest, traces: list[Trace], timeout: aiohttp.ClientTimeout
     ) -> ResponseHandler:
         sourced = cast("_SourcedRequest", req)
-        dial = _Dial(sourced.origin)
+        dial = _Dial(sourced.turn)
+        if self._dialer.limits.paced:
+            await self._dialer.limits.pace(dial.turn.origin, place_of(sourced.request.url.raw_host or ""))
         token = _dialling.set(dial)
         try:
             protocol = await super()._create_connection(sourced.request, traces, timeout)
         finally:
             _dialling.reset(token)
-        if dial.sock is not None and dial.sock.bound is not None:
-            _bound[protocol] = dial.sock.bound
+        if dial.sock is not None:
+            _sockets[protocol] = dial.sock
         return protocol
 
     async def _wrap_create_connection(  # type: ignore[override]
@@ -406,7 +422,7 @@ class BoundTCPConnector(aiohttp.TCPConnector):
                 try:
                     async with _deadline(timeout.sock_connect):
                         dial.sock = await self._dialer.dial(
-                            dial.origin, req.url.raw_host or "", targets, delay=self._delay, begun=begun
+                            dial.turn, req.url.raw_host or "", targets, delay=self._delay, begun=begun
                         )
                         with handed_over(dial.sock):
                             return await self._wrap_existing_connection(
@@ -441,6 +457,18 @@ class BoundTCPConnector(aiohttp.TCPConnector):
 
 #: The deadline of a connect holds for TCP and TLS together; the second one needs none of its own.
 _NO_TIMEOUT = aiohttp.ClientTimeout(total=None, connect=None, sock_connect=None, sock_read=None)
+
+
+def _on_lost(reference: weakref.ref[BoundTCPConnector], gone: set[BoundSocket]) -> None:
+    connector = reference()
+    if connector is not None:
+        connector._drop_idle(gone)  # noqa: SLF001 # pyright: ignore[reportPrivateUsage] - its own callback
+
+
+def _end(protocol: ResponseHandler) -> None:
+    # Not `close`: TLS would wait for the peer's last word.
+    if protocol.transport is not None:
+        protocol.transport.abort()
 
 
 def _deadline(seconds: float | None) -> asyncio.Timeout:

@@ -228,7 +228,7 @@ class Figures(NamedTuple):
 
 
 def figures(client: aiohttp.ClientSession) -> dict[str, Figures]:
-    return {str(stats.source): Figures(*stats[1:]) for stats in connector_of(client).stats()}
+    return {str(stats.source): Figures(*stats[1:5]) for stats in connector_of(client).stats()}
 
 
 async def get(client: aiohttp.ClientSession, url: str | URL, **keywords: Any) -> str:
@@ -353,7 +353,10 @@ def assert_free(client: aiohttp.ClientSession) -> None:
     assert not connector._acquired
     assert not connector._acquired_per_host
     assert not connector._waiters
-    assert {slot._value for slot in connector._slots.values()} <= {connector.limit_per_source}
+    limits = connector._dialer.limits
+    limits._settle()
+    assert not limits._held
+    assert not limits._held_at
 
 
 async def test_limit_per_source_counts_for_each_source(server: Server) -> None:

@@ -86,7 +86,6 @@ def test_every_private_name_that_we_touch_is_held_here() -> None:
         "_loop",
         "_protocol",
         "_release",
-        "_replace",  # of a named tuple
         "_ssl_shutdown_timeout",
         "_wrap_create_connection",
         "_wrap_existing_connection",

@@ -24,6 +24,7 @@ import aiobind
 import aiobind.aiohttp
 import aiobind.dns
 import aiobind.lab
+import aiobind.metrics
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(aiobind.__file__).parent
-PUBLIC = (aiobind, aiobind.aiohttp, aiobind.dns, aiobind.lab)
+PUBLIC = (aiobind, aiobind.aiohttp, aiobind.dns, aiobind.lab, aiobind.metrics)
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 
@@ -89,12 +90,20 @@ ResolveError(errno, strerror, *, source=None, destination=None)
 RoundRobin()
 RoundRobin.order(sources, host)
 Source
-SourceStats(source, connections, in_use, idle, connects)
+SourceStats(source, connections, in_use, idle, connects, failures={}, suspended_until=None, \
+latency_p50=None, latency_p99=None, bytes_sent=0, bytes_received=0, ports={})
+SourceStats.bytes_received
+SourceStats.bytes_sent
 SourceStats.connections
 SourceStats.connects
+SourceStats.failures
 SourceStats.idle
 SourceStats.in_use
+SourceStats.latency_p50
+SourceStats.latency_p99
+SourceStats.ports
 SourceStats.source
+SourceStats.suspended_until
 SourceView
 SourceView.connections
 SourceView.in_use
@@ -164,6 +173,12 @@ Witness.packets()
 available()
 isolate()
 replace_file(path, text)
+""",
+    "aiobind.metrics": """
+Collector(connector, name='')
+Collector.collect()
+Collector.describe()
+Instruments(meter, connector, name='')
 """,
 }
 
@@ -409,9 +424,9 @@ def test_import_of_aiobind_takes_no_edge() -> None:
     assert loaded("import aiobind") & {f"aiobind.{name}" for name in public_files()} == set()
 
 
-@pytest.mark.parametrize(("name", "wanted"), [("aiohttp", {"aiohttp"}), ("lab", set())])
+@pytest.mark.parametrize(("name", "wanted"), [("aiohttp", {"aiohttp"}), ("lab", set()), ("metrics", set())])
 def test_import_of_an_edge_takes_only_its_library(name: str, wanted: set[str]) -> None:
-    optional = {"aiohttp", "anyio", "uvloop", "rich", "pytest"}
+    optional = {"aiohttp", "anyio", "opentelemetry", "prometheus_client", "uvloop", "rich", "pytest"}
     assert {name.partition(".")[0] for name in loaded(f"import aiobind.{name}")} & optional == wanted
 
 

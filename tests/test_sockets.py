@@ -83,7 +83,7 @@ class Connection:
         self.bound = self.sock.bound = BoundSource(SOURCE, None, address, port)
         self.sock.register(self.on_end)
 
-    def on_end(self) -> None:
+    def on_end(self, *_: object) -> None:
         self.ends += 1
 
 
@@ -408,7 +408,7 @@ async def test_a_datagram_transport(listener: socket.socket) -> None:
     sock.connect(listener.getsockname())
     ends: list[None] = []
     sock.bound = BoundSource(SOURCE, None, *sock.getsockname())
-    sock.register(lambda: ends.append(None))
+    sock.register(lambda *_: ends.append(None))
     bound = sock.bound
     loop = asyncio.get_running_loop()
     transport, _ = await loop.create_datagram_endpoint(asyncio.DatagramProtocol, sock=sock)

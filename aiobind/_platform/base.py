@@ -155,6 +155,31 @@ class Platform(Protocol):
         """Return the next hop from *source* to *target* by an interface, if nobody answers for it on the link."""
         ...
 
+    def routed_here(self, ip: IPAddress) -> bool | None:
+        """Return whether packets to *ip* are delivered to this host; None when nobody can tell. Never blocks."""
+        ...
+
+    def abort(self, sock: socket.socket) -> None:
+        """End the connection of *sock* at once: who reads or writes it, by any loop, is told ECONNRESET.
+
+        Where the system cannot say so, they are told its end. Nothing happens to one that is closed. The figures of
+        `traffic` may be lost: take them before.
+        """
+        ...
+
+    def traffic(self, sock: socket.socket) -> tuple[int, int, bool] | None:
+        """Return what a connection has carried; None when nobody can tell, or there is none.
+
+        Returns:
+            The bytes of payload that the peer has acknowledged; those that have come from it; and whether to close it
+            now leaves its local port in TIME_WAIT here, which is so where the peer has not closed first.
+        """
+        ...
+
+    def port_count(self) -> int:
+        """Return how many local ports connect(2) has to choose from, for each source address and destination."""
+        ...
+
     def unsent(self, sock: socket.socket) -> bool:
         """Return whether *sock* holds bytes that its peer has not acknowledged; False when nobody can tell."""
         ...

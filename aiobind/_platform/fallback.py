@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import errno
+import socket
+from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn
 
 from .base import sockaddr
 
 if TYPE_CHECKING:
-    import socket
-
     from aiobind._binding import IPAddress
 
     from .base import Feed
@@ -50,6 +50,23 @@ class Fallback:
     def silent_hop(self, ifindex: int, target: str, source: str) -> str | None:
         """Return None: nobody can tell."""
         return None
+
+    def routed_here(self, ip: IPAddress) -> bool | None:
+        """Return None: nobody can tell."""
+        return None
+
+    def abort(self, sock: socket.socket) -> None:
+        """Shut the connection down: to those who read it that is its end."""
+        with suppress(OSError):  # it has ended by itself
+            sock.shutdown(socket.SHUT_RDWR)
+
+    def traffic(self, sock: socket.socket) -> tuple[int, int, bool] | None:
+        """Return None: nobody can tell."""
+        return None
+
+    def port_count(self) -> int:
+        """Return the size of the range that IANA names dynamic (RFC 6335 section 6), 49152 to 65535."""
+        return 16384
 
     def unsent(self, sock: socket.socket) -> bool:
         """Return False: nobody can tell."""

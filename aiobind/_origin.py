@@ -1,0 +1,252 @@
+"""Law: one source in the care of a connector: its open connections, its figures, and what it has failed at.
+
+Nothing here decides: the roster chooses by this, the policies see some of it, ``stats()`` shows the rest.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import time
+import weakref
+from collections import Counter, deque
+from contextlib import suppress
+from typing import TYPE_CHECKING, NamedTuple
+
+from ._sketch import LatencySketch
+from ._sources import Prefix
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from ._health import Breaker
+    from ._sockets import BoundSocket, Traffic
+    from ._sources import Source
+
+__all__ = ["Origin", "SourceStats"]
+
+#: TCP_TIMEWAIT_LEN (linux/net/tcp.h): for so many seconds a connection that this end closed first keeps its port.
+_TIME_WAIT = 60.0
+
+
+class SourceStats(NamedTuple):
+    """The figures of one source.
+
+    Attributes:
+        source: the source.
+        connections: open now, idle keep-alive ones included.
+        in_use: those of them that are in use.
+        idle: those of them that wait in a pool for the next request.
+        connects: how many connections have been made in all.
+        failures: how many attempts have failed, by the name of the errno (``"ECONNREFUSED"``); a name that could not
+            be resolved counts as ``"EAI"``, an attempt that was given up after a second or more as ``"ETIMEDOUT"``.
+        suspended_until: when the source is going to be tried again, by ``time.monotonic()``; ``math.inf`` while its
+            interface is away; None: it is not suspended.
+        latency_p50: how long half of the recent connects took at most, in seconds; None before the first.
+        latency_p99: the same for 99 of 100.
+        bytes_sent: payload that the peers have acknowledged, over all connections ever made; 0 where the system does
+            not tell.
+        bytes_received: payload that has arrived, likewise.
+        ports: local ports that are taken, by destination (``"192.0.2.1:443"``): one for each open connection, and one
+            for each that this end has closed first, for a minute (TIME_WAIT). Empty for ``net!``, whose addresses are
+            new each time.
+    """
+
+    source: Source
+    connections: int
+    in_use: int
+    idle: int
+    connects: int
+    failures: Mapping[str, int]
+    suspended_until: float | None
+    latency_p50: float | None
+    latency_p99: float | None
+    bytes_sent: int
+    bytes_received: int
+    ports: Mapping[str, int]
+
+
+class Origin:
+    """One source, with its live figures."""
+
+    __slots__ = (
+        "__weakref__",
+        "_has_ports",
+        "_lingering",
+        "_pooled",
+        "_sockets",
+        "avoid",
+        "breakers",
+        "bytes_received",
+        "bytes_sent",
+        "connections",
+        "connects",
+        "down",
+        "down_at",
+        "errors",
+        "failures",
+        "held",
+        "latency",
+        "on_change",
+        "ports",
+        "removed",
+        "source",
+        "unpinned",
+        "works",
+    )
+
+    def __init__(self, source: Source, *, pooled: bool) -> None:
+        self.source = source
+        self._pooled = pooled
+        self._sockets: weakref.WeakValueDictionary[int, BoundSocket] = weakref.WeakValueDictionary()
+        self.connections = 0
+        self.connects = 0
+        #: connections that the pool, where there is one, has handed out
+        self.held = 0
+        self.failures = 0
+        self.errors: Counter[str] = Counter()
+        self.latency = LatencySketch()
+        self.bytes_sent = self.bytes_received = 0
+        #: local ports that are taken, by target; those in TIME_WAIT, with the time at which they are free again
+        self.ports: Counter[str] = Counter()
+        self._has_ports = not isinstance(source, Prefix)
+        self._lingering: deque[tuple[float, str]] = deque()
+        #: told of every change of a figure that a policy sees
+        self.on_change: Callable[[Origin], object] | None = None
+
+        #: why its interface cannot serve it now
+        self.down: OSError | None = None
+        self.down_at = 0.0
+        #: what it has failed at of its own, by address family; and which families have worked since
+        self.breakers: dict[int, Breaker] = {}
+        self.works: set[int] = set()
+        #: the hosts it is banned at, and the destinations for which it has no port left
+        self.avoid: dict[str, Breaker] = {}
+        #: it was taken from the list, and lives as long as its connections
+        self.removed = False
+        #: a missing pin has been told of
+        self.unpinned = False
+
+    # ── connections ──
+
+    @property
+    def in_use(self) -> int:
+        """Connections in use now: without a pool, all that are open."""
+        return self.held if self._pooled else self.connections
+
+    @property
+    def sockets(self) -> list[BoundSocket]:
+        """The sockets of its open connections; any thread may ask."""
+        return [sock for reference in self._sockets.valuerefs() if (sock := reference()) is not None]
+
+    def opened(self, sock: BoundSocket) -> None:
+        """Count a connection until *sock* ends."""
+        self.connections += 1
+        self.connects += 1
+        self._sockets[sock.fileno()] = sock
+        if self._has_ports:
+            self.ports[str(sock.target)] += 1
+        sock.register(self._ended)
+        self.changed()
+
+    def _ended(self, sock: BoundSocket, descriptor: int, traffic: Traffic | None) -> None:
+        self.connections -= 1
+        if self._sockets.get(descriptor) is sock:
+            del self._sockets[descriptor]
+        keeps_port = False
+        if traffic is not None:
+            sent, received, keeps_port = traffic
+            self.bytes_sent += sent
+            self.bytes_received += received
+        if self._has_ports:
+            key = str(sock.target)
+            if keeps_port:
+                self._lingering.append((time.monotonic() + _TIME_WAIT, key))
+            else:
+                self._free(key)
+        self.changed()
+
+    def handed_out(self) -> None:
+        """Count a connection that the pool has handed out."""
+        self.held += 1
+        self.changed()
+
+    def given_back(self) -> None:
+        """Count a connection that the pool has back."""
+        self.held -= 1
+        self.changed()
+
+    def changed(self) -> None:
+        """Tell the policy that wants to know."""
+        if self.on_change is not None:
+            self.on_change(self)
+
+    def ports_to(self, target: str) -> int:
+        """Return how many local ports are taken towards *target*."""
+        now = time.monotonic()
+        with suppress(IndexError):  # two threads ask, and the other one took it
+            while self._lingering and self._lingering[0][0] <= now:
+                self._free(self._lingering.popleft()[1])
+        return self.ports[target]
+
+    def _free(self, target: str) -> None:
+        self.ports[target] -= 1
+        if self.ports[target] <= 0:
+            del self.ports[target]
+
+    # ── failures ──
+
+    def failed(self, error: OSError) -> None:
+        """Count an attempt that has failed."""
+        number = error.errno or 0
+        # The codes of getaddrinfo are negative here, and no errnos.
+        name = errno.errorcode.get(number, "EAI" if number <= 0 else str(number))
+        self.errors[name] += 1
+        self.failures += 1
+        self.changed()
+
+    def suspended_until(self, now: float) -> float | None:
+        """Return when it is going to be tried again; None: it is not suspended."""
+        if self.down is not None:
+            return math.inf
+        ends = [breaker.until for breaker in self.breakers.values() if breaker.suspended(now)]
+        if not ends or any(family not in self.breakers for family in self.works):
+            return None  # a family that works is not held up by the other one
+        return min(ends)
+
+    def failed_at(self) -> float:
+        """Return when it has failed last."""
+        return max((breaker.failed_at for breaker in self.breakers.values()), default=self.down_at)
+
+    def avoids(self, host: str, destination: str, now: float) -> float:
+        """Return until when *host*, or *destination*, shall have another source; 0.0: it need not."""
+        ends = [
+            breaker.until for key in (host, destination) if (breaker := self.avoid.get(key)) and breaker.suspended(now)
+        ]
+        return max(ends, default=0.0)
+
+    # ── figures ──
+
+    def stats(self, idle: int = 0) -> SourceStats:
+        """Return the figures; any thread may ask."""
+        sent, received = self.bytes_sent, self.bytes_received
+        for sock in self.sockets:
+            traffic = sock.traffic()
+            if traffic is not None:
+                sent += traffic[0]
+                received += traffic[1]
+        self.ports_to("")
+        return SourceStats(
+            self.source,
+            self.connections,
+            self.in_use,
+            idle,
+            self.connects,
+            dict(self.errors),
+            self.suspended_until(time.monotonic()),
+            self.latency.quantile(0.5),
+            self.latency.quantile(0.99),
+            sent,
+            received,
+            {target: count for target, count in self.ports.copy().items() if count},
+        )

@@ -1,0 +1,337 @@
+"""Law: which source is next. The policy orders those that are ready; what is known of their failures does the rest.
+
+A source is ready unless its interface is away (`links_changed`) or it is suspended for failing (`failed`). When a
+suspension has ended the source is ready again, for one connection, the probe: that one reopens it, or suspends it for
+longer. The policy is given the ready ones; of what it yields, those that are banned at the host or short of ports for
+the destination go last; and when all that have failed, the suspended ones are tried nevertheless, those first that
+have failed longest ago: nobody is refused because of what was.
+
+Choosing costs the same with one source and with a thousand: the tuple of those that are ready is made anew only when
+one of them fails or comes back, and the policy yields lazily.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import time
+import weakref
+from typing import TYPE_CHECKING, cast
+
+from ._errors import BindError
+from ._health import Breaker, Timeouts
+from ._origin import Origin
+from ._policy import RoundRobin
+from ._sources import parse_source
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
+
+    from ._events import Journal
+    from ._interfaces import InterfaceTable
+    from ._policy import Policy
+    from ._sources import Source
+
+__all__ = ["Roster", "Turn"]
+
+#: A probe may take three times what one of a hundred connects takes, and at least so many seconds, before the next
+#: source is tried.
+_PATIENCE = 0.4
+#: A ban, when it is not said for how long, and what it grows to; in seconds.
+_BAN, _LONGEST_BAN = 30.0, 3600.0
+#: So many hosts to avoid are remembered for each source, before those whose time is over are forgotten.
+_AVOIDED = 1000
+
+_policies: weakref.WeakValueDictionary[int, Roster] = weakref.WeakValueDictionary()
+
+
+class Turn:
+    """A source whose turn it is.
+
+    Attributes:
+        origin: the source.
+        patience: how long the attempt may take, in seconds, before the next source is tried; None: for ever.
+        forced: try it whatever it has failed at before.
+        held_back: it was not tried, for what it has failed at before; set by who tries.
+    """
+
+    __slots__ = ("forced", "held_back", "origin", "patience")
+
+    def __init__(self, origin: Origin, *, patience: float | None = None, forced: bool = False) -> None:
+        self.origin = origin
+        self.patience = patience
+        self.forced = forced
+        self.held_back = False
+
+
+class Roster:
+    """The sources of one connector.
+
+    Args:
+        sources: in the order in which they were named.
+        policy: default ``RoundRobin()``.
+        journal: is told of what happens to them.
+        pooled: a pool keeps idle connections.
+
+    Raises:
+        InvalidSource: a text names no source.
+        TypeError: there is none.
+        ValueError: one is named twice; or the policy serves another connector.
+    """
+
+    def __init__(
+        self, sources: Sequence[str | Source], policy: Policy | None, journal: Journal, *, pooled: bool
+    ) -> None:
+        if not sources:
+            raise TypeError("name at least one source, for example 'if!eth0' or '192.0.2.7'")
+        self._pooled = pooled
+        self._journal = journal
+        self._policy: Policy = RoundRobin() if policy is None else policy
+        self._told: Callable[[Origin], object] | None = getattr(self._policy, "changed", None)
+        listed = {source: self._new(source) for source in map(parse_source, sources)}
+        if len(listed) < len(sources):
+            raise ValueError("a source is named twice: " + ", ".join(map(str, sources)))
+        if _policies.setdefault(id(self._policy), self) is not self:
+            raise ValueError("this policy serves another connector: give each one its own")
+        self._listed: dict[Source, Origin] = listed
+        # Sources from outside the list, pinned or removed, live as long as somebody is connected from them.
+        self._guests: weakref.WeakValueDictionary[Source, Origin] = weakref.WeakValueDictionary()
+        self._timeouts: Timeouts[Origin] = Timeouts()
+        #: what the policy is given, and those whose time has not come; until when both are right
+        self._ready: tuple[Origin, ...] = tuple(listed.values())
+        self._suspended: tuple[Origin, ...] = ()
+        self._right_until = math.inf
+
+    def _new(self, source: Source) -> Origin:
+        origin = Origin(source, pooled=self._pooled)
+        origin.on_change = self._told
+        return origin
+
+    def close(self) -> None:
+        """Let go of the policy."""
+        if _policies.get(id(self._policy)) is self:
+            del _policies[id(self._policy)]
+
+    # ── the list ──
+
+    @property
+    def listed(self) -> tuple[Origin, ...]:
+        """The sources that the policy chooses from, in their order."""
+        return tuple(self._listed.values())
+
+    @property
+    def all(self) -> tuple[Origin, ...]:
+        """Those, and those from outside the list that still have connections; any thread may ask."""
+        guests = [guest for reference in self._guests.valuerefs() if (guest := reference()) and guest.connections]
+        return (*self._listed.copy().values(), *guests)
+
+    def find(self, source: str | Source) -> Origin:
+        """Return the listed *source*.
+
+        Raises:
+            ValueError: it is not in the list.
+        """
+        origin = self._listed.get(parse_source(source))
+        if origin is None:
+            raise ValueError(f"{source} is no source of this connector (it has {', '.join(map(str, self._listed))})")
+        return origin
+
+    def guest(self, source: Source) -> Origin:
+        """Return *source*, which need not be in the list."""
+        origin = self._listed.get(source) or self._guests.get(source)
+        if origin is None:
+            origin = self._guests[source] = self._new(source)
+        return origin
+
+    def add(self, source: str | Source) -> Origin:
+        """Add a source behind the others.
+
+        Raises:
+            ValueError: it is in the list already.
+        """
+        source = parse_source(source)
+        if source in self._listed:
+            raise ValueError(f"{source} is a source of this connector already")
+        origin = self.guest(source)
+        origin.removed = False
+        self._listed[source] = origin
+        self._guests.pop(source, None)
+        self._renew()
+        return origin
+
+    def remove(self, source: str | Source) -> Origin:
+        """Choose *source* no more; its connections live on.
+
+        Raises:
+            ValueError: it is not in the list, or the only one there.
+        """
+        origin = self.find(source)
+        if len(self._listed) == 1:
+            raise ValueError(f"{source} is the only source of this connector: add another one first")
+        del self._listed[origin.source]
+        self._guests[origin.source] = origin
+        origin.removed = True
+        self._renew()
+        return origin
+
+    # ── the order ──
+
+    def only(self, source: Source) -> Generator[Turn]:
+        """Yield *source*, whatever it has failed at."""
+        yield Turn(self.guest(source), forced=True)
+
+    def order(self, host: str, destination: str) -> Generator[Turn]:
+        """Yield the sources to try for a connection.
+
+        Args:
+            host: what the policy decides by.
+            destination: host and port that will be connected to.
+        """
+        now = time.monotonic()
+        if now >= self._right_until:
+            self._renew()
+        turns: list[Turn] = []
+        avoiding: list[tuple[float, Origin]] = []
+        for origin in self._ordered(self._ready, host):
+            if origin.avoid and (until := origin.avoids(host, destination, now)):
+                avoiding.append((until, origin))
+                continue
+            turn = Turn(origin)
+            turns.append(turn)
+            if not origin.breakers:
+                yield turn
+            else:
+                yield from self._probe(turn, now)
+        avoiding.sort(key=_by_time)
+        for _, origin in avoiding:
+            turn = Turn(origin)
+            turns.append(turn)
+            yield turn
+        tried = {turn.origin for turn in turns if not turn.held_back}
+        last = [turn.origin for turn in turns if turn.held_back]
+        last += [origin for origin in self._ordered(self._suspended, host) if origin not in tried]
+        for origin in sorted(dict.fromkeys(last), key=Origin.failed_at):
+            yield Turn(origin, forced=True)
+
+    def _ordered(self, origins: tuple[Origin, ...], host: str) -> Iterable[Origin]:
+        # A policy yields from what it was given.
+        return cast("Iterable[Origin]", self._policy.order(origins, host)) if origins else ()
+
+    def _probe(self, turn: Turn, now: float) -> Generator[Turn]:
+        """Yield a source that has failed, if nobody else is finding out how it is now."""
+        origin = turn.origin
+        due = [breaker for breaker in origin.breakers.values() if not breaker.suspended(now)]
+        if any(breaker.probing for breaker in due):
+            turn.held_back = True
+            return
+        for breaker in due:
+            breaker.probing = True
+        if due and len(self._ready) > 1:
+            turn.patience = max(_PATIENCE, 3 * (origin.latency.quantile(0.99) or 0.0))
+        try:
+            yield turn
+        finally:
+            for breaker in due:
+                breaker.probing = False
+
+    def _renew(self) -> None:
+        """Tell those that are ready from those that are not, and until when that is right."""
+        now = time.monotonic()
+        ready: list[Origin] = []
+        suspended: list[Origin] = []
+        self._right_until = math.inf
+        for origin in self._listed.values():
+            until = origin.suspended_until(now)
+            if until is None:
+                ready.append(origin)
+            else:
+                suspended.append(origin)
+                self._right_until = min(self._right_until, until)
+        self._ready, self._suspended = tuple(ready), tuple(suspended)
+
+    # ── what becomes of them ──
+
+    def works(self, origin: Origin, family: int, target: Hashable) -> None:
+        """Note that *origin* has reached *target*."""
+        origin.works.add(family)
+        if origin.breakers and origin.breakers.pop(family, None) is not None:
+            self._journal.recovered(origin.source)
+            self._renew()
+        if len(self._listed) > 1:
+            now = time.monotonic()
+            for other in self._timeouts.reached(origin, target, now):
+                # A target of the same family: who reaches it tells of no other.
+                reason = f"it reaches no {target}, and {origin.source} does"
+                self.fails(other, family, BindError(errno.ETIMEDOUT, reason))
+
+    def fails(self, origin: Origin, family: int, error: OSError) -> None:
+        """Note that *origin* has failed for a reason of its own."""
+        now = time.monotonic()
+        origin.works.discard(family)
+        breaker = origin.breakers.get(family)
+        if breaker is None:
+            breaker = origin.breakers[family] = Breaker()
+        if breaker.failed(now, error):
+            self._journal.suspended(origin.source, error, breaker.until - now)
+        self._renew()
+
+    def waits_in_vain(self, origin: Origin, family: int, target: Hashable, began: float, error: OSError) -> None:
+        """Note that *origin* got no answer from *target*, which may be the fault of either.
+
+        Args:
+            origin: the source.
+            family: of the target.
+            target: where to.
+            began: when the attempt began, by ``time.monotonic()``.
+            error: how it ended.
+        """
+        if len(self._listed) > 1 and self._timeouts.timed_out(origin, target, began, time.monotonic()):
+            self.fails(origin, family, error)
+
+    def shun(
+        self, origin: Origin, place: str, error: OSError, *, banned: bool = False, seconds: float | None = None
+    ) -> None:
+        """Have others go to *place* for a while.
+
+        Args:
+            origin: the source.
+            place: a host, or a destination.
+            error: why.
+            banned: somebody there has said so.
+            seconds: for how long; default: for longer each time.
+        """
+        now = time.monotonic()
+        breaker = origin.avoid.get(place)
+        if breaker is None:
+            if len(origin.avoid) >= _AVOIDED:
+                origin.avoid = {key: old for key, old in origin.avoid.items() if old.suspended(now)}
+            breaker = origin.avoid[place] = Breaker(_BAN, _LONGEST_BAN) if banned else Breaker()
+        if breaker.failed(now, error, seconds=seconds):
+            self._journal.suspended(origin.source, error, breaker.until - now, place)
+
+    def accept(self, origin: Origin, place: str) -> None:
+        """Let *origin* go to *place* again."""
+        if origin.avoid.pop(place, None) is not None:
+            self._journal.recovered(origin.source, place)
+
+    def links_changed(self, table: InterfaceTable, *, borrow: bool) -> None:
+        """Suspend the sources whose interface or address is away, until it is back."""
+        changed, now = False, time.monotonic()
+        for origin in self._listed.values():
+            trouble = table.trouble(origin.source, borrow=borrow)
+            if (trouble is None) == (origin.down is None):
+                continue
+            changed = True
+            if trouble is not None:
+                origin.down, origin.down_at = BindError(*trouble), now
+                self._journal.suspended(origin.source, origin.down, math.inf)
+            else:
+                origin.down = None
+                origin.breakers.clear()
+                self._journal.recovered(origin.source)
+        if changed:
+            self._renew()
+
+
+def _by_time(entry: tuple[float, Origin]) -> float:
+    return entry[0]
