@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import socket
 from dataclasses import dataclass, field
+from functools import cached_property
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeAlias
 
@@ -63,6 +64,17 @@ class Target(NamedTuple):
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if self.family == socket.AF_INET6 else f"{self.host}:{self.port}"
+
+
+class Addresses(tuple[IPAddress, ...]):
+    """Addresses in their order, which tell whether one is among them in constant time: an interface may have 10,000."""
+
+    @cached_property
+    def _set(self) -> frozenset[IPAddress]:
+        return frozenset(self)
+
+    def __contains__(self, ip: object) -> bool:
+        return ip in self._set
 
 
 class Binding(NamedTuple):
@@ -274,7 +286,7 @@ def _own_address(link: Link, target: Target) -> Binding | Refusal:
                 what = "only link-local IPv6 addresses, which reach no further than its link"
             return Refusal(errno.EADDRNOTAVAIL, f"{link.name} has {what}")
     ready.sort(key=lambda address: (address.deprecated, address.scope))
-    return Binding(link.name, tuple(address.ip for address in ready), owner=link)
+    return Binding(link.name, Addresses(address.ip for address in ready), owner=link)
 
 
 _MAPPED: Final = IPv6Network("::ffff:0:0/96")  # `Target.of` takes the IPv4 address out of it

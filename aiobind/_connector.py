@@ -16,7 +16,7 @@ from ._sockets import handed_over
 
 if TYPE_CHECKING:
     import ssl as ssl_module
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from contextlib import AbstractContextManager
     from types import TracebackType
     from typing import Self
@@ -102,7 +102,10 @@ class Sourced:
             InvalidSource: *source* names no source.
             ValueError: it is none of this connector's, or the only one.
         """
-        self._dialer.remove(source, drain=drain)
+        self._removed(self._dialer.remove(source, drain=drain))
+
+    def _removed(self, origin: Origin) -> None:
+        """Close what lies idle of a source that was removed."""
 
     def report(self, source: str | Source, *, host: str, ok: bool = False, seconds: float | None = None) -> None:
         """Say that *source* is banned at *host*, as by a status 429 or 403: others go there for a while.
@@ -127,7 +130,11 @@ class Sourced:
 
         Any thread may ask.
         """
-        return self._dialer.stats()
+        return self._dialer.stats(self._idle_of())
+
+    def _idle_of(self) -> Mapping[Source, int]:
+        """Return how many connections lie idle, for each source."""
+        return {}
 
 
 class Connector(Sourced):

@@ -19,7 +19,6 @@ import socket
 import time
 from functools import partial
 from ipaddress import ip_address
-from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeAlias
 
 from ._advice import advice
@@ -205,7 +204,7 @@ class Dialer:
         """Drop the addresses of names that are kept for this dialer's sources."""
         self._lookup.forget(host)
 
-    def stats(self, idle: Mapping[Source, int] = MappingProxyType({})) -> tuple[SourceStats, ...]:
+    def stats(self, idle: Mapping[Source, int]) -> tuple[SourceStats, ...]:
         """Return the figures of each source, and of those from outside the list that still have connections.
 
         Args:
@@ -392,6 +391,7 @@ class Dialer:
         if sock is None:
             if not bindings:
                 origin.failed(BindError(*refusals[0]))
+                origin.failed_at = time.monotonic()
             raise _failure(source, destination, list(zip(bindings, errors, strict=True)), refusals)
         sock.stood = self._planner.stands(sock)
         origin.opened(sock)

@@ -28,7 +28,7 @@ class Breaker:
         longest: what they grow to.
     """
 
-    __slots__ = ("_first", "_longest", "error", "failed_at", "failures", "probing", "until")
+    __slots__ = ("_first", "_longest", "error", "failures", "probing", "until")
 
     def __init__(self, first: float = FIRST, longest: float = LONGEST) -> None:
         self._first = first
@@ -37,7 +37,6 @@ class Breaker:
         self.failures = 0
         #: when the suspension ends
         self.until = 0.0
-        self.failed_at = 0.0
         self.error: OSError | None = None
         #: whether a probe is under way
         self.probing = False
@@ -50,7 +49,6 @@ class Breaker:
             error: why.
             seconds: for so long, where somebody knows better.
         """
-        self.failed_at = now
         if now < self.until and seconds is None:
             return False
         self.error = error

@@ -49,7 +49,7 @@ class Limits(Generic[O]):
 
     Raises:
         TypeError: one of them is no number.
-        ValueError: one of them is less than 0, or a rate is 0 or not finite.
+        ValueError: one of them is less than 0, or a rate not within 1e-9 to 1e9.
         ImportError: a rate needs ``aiobind[limits]``.
     """
 
@@ -78,7 +78,7 @@ class Limits(Generic[O]):
         self._due = False
         self._lines: dict[tuple[frozenset[O], str], OrderedDict[asyncio.Future[O], int]] = {}
         self._arrivals = count()
-        self._wishes: tuple[Sequence[O], frozenset[O]] = (), frozenset()
+        self._wishes: tuple[tuple[O, ...], frozenset[O]] = (), frozenset()
         # Turns: who waits for one.
         self._pacing: dict[O, int] = {}
         self._patience: set[asyncio.Timeout] = set()
@@ -109,6 +109,7 @@ class Limits(Generic[O]):
                 return source
         self._loop = asyncio.get_running_loop()
         if self._wishes[0] is not sources:  # nearly always the same tuple
+            sources = tuple(sources)  # a list may be another one by the next time
             self._wishes = sources, frozenset(sources)
         key = self._wishes[1], host if self._per_host else ""
         place: asyncio.Future[O] = self._loop.create_future()
@@ -164,14 +165,13 @@ class Limits(Generic[O]):
             self._serve(source)
 
     def _serve(self, source: O) -> None:
-        first, lowest = None, math.inf
+        first, earliest = None, math.inf
         for (wishes, host), line in self._lines.items():
-            if source not in wishes or not self._room(source, host):
-                continue
             while line and next(iter(line)).done():  # cancelled, and not yet awake
                 line.popitem(last=False)
-            if line and (arrival := next(iter(line.values()))) < lowest:
-                first, lowest = (line, host), arrival
+            arrival = next(iter(line.values()), math.inf)
+            if arrival < earliest and source in wishes and self._room(source, host):
+                first, earliest = (line, host), arrival
         if first is not None:
             line, host = first
             place, _ = line.popitem(last=False)
@@ -290,8 +290,9 @@ class _Turns(Generic[_K]):
     def __init__(self, rate: float | None, *, together: float = 0) -> None:
         self._rate = rate
         if rate is not None:
-            self._room = 1 + int(rate * together)
-            self._seconds = self._room / (rate + 1 - self._room)
+            extra = int(rate * together)
+            self._room = 1 + extra
+            self._seconds = self._room / (rate - extra)
             try:
                 from aiolimiter import AsyncLimiter  # noqa: PLC0415 - an extra
             except ImportError as error:
@@ -324,8 +325,8 @@ class _Turns(Generic[_K]):
             self._turns.move_to_end(key)
             # All have the same rate, so those that were left first have their room again first.
             for _ in range(2):  # one more than comes
-                oldest, turn = next(iter(self._turns.items()), (None, None))
-                if oldest is None or turn is None or not turn.idle():
+                oldest = next(iter(self._turns), None)
+                if oldest is None or not self._turns[oldest].idle():
                     break
                 del self._turns[oldest]
 
@@ -359,6 +360,6 @@ def _rate(option: str, value: float | None) -> float | None:
         return None
     if not isinstance(value, (int, float)) or isinstance(value, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"{option} is a number of connects per second, as in {option}=2.5, not {value!r}")
-    if not 0 < value < math.inf:
-        raise ValueError(f"{option} is a number of connects per second, or None for no limit, not {value}")
+    if not 1e-9 <= value <= 1e9:
+        raise ValueError(f"{option} is a number of connects per second, 1e-9 to 1e9, or None for no limit, not {value}")
     return value

@@ -82,8 +82,8 @@ class Origin:
         "connections",
         "connects",
         "down",
-        "down_at",
         "errors",
+        "failed_at",
         "failures",
         "held",
         "latency",
@@ -116,7 +116,8 @@ class Origin:
 
         #: why its interface cannot serve it now
         self.down: OSError | None = None
-        self.down_at = 0.0
+        #: when it has failed last, of its own
+        self.failed_at = 0.0
         #: what it has failed at of its own, by address family; and which families have worked since
         self.breakers: dict[int, Breaker] = {}
         self.works: set[int] = set()
@@ -213,10 +214,6 @@ class Origin:
         if not ends or any(family not in self.breakers for family in self.works):
             return None  # a family that works is not held up by the other one
         return min(ends)
-
-    def failed_at(self) -> float:
-        """Return when it has failed last."""
-        return max((breaker.failed_at for breaker in self.breakers.values()), default=self.down_at)
 
     def avoids(self, host: str, destination: str, now: float) -> float:
         """Return until when *host*, or *destination*, shall have another source; 0.0: it need not."""

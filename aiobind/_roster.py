@@ -210,7 +210,7 @@ class Roster:
         tried = {turn.origin for turn in turns if not turn.held_back}
         last = [turn.origin for turn in turns if turn.held_back]
         last += [origin for origin in self._ordered(self._suspended, host) if origin not in tried]
-        for origin in sorted(dict.fromkeys(last), key=Origin.failed_at):
+        for origin in sorted(dict.fromkeys(last), key=_by_failure):
             yield Turn(origin, forced=True)
 
     def _ordered(self, origins: tuple[Origin, ...], host: str) -> Iterable[Origin]:
@@ -266,7 +266,7 @@ class Roster:
 
     def fails(self, origin: Origin, family: int, error: OSError) -> None:
         """Note that *origin* has failed for a reason of its own."""
-        now = time.monotonic()
+        now = origin.failed_at = time.monotonic()
         origin.works.discard(family)
         breaker = origin.breakers.get(family)
         if breaker is None:
@@ -323,7 +323,7 @@ class Roster:
                 continue
             changed = True
             if trouble is not None:
-                origin.down, origin.down_at = BindError(*trouble), now
+                origin.down, origin.failed_at = BindError(*trouble), now
                 self._journal.suspended(origin.source, origin.down, math.inf)
             else:
                 origin.down = None
@@ -331,6 +331,10 @@ class Roster:
                 self._journal.recovered(origin.source)
         if changed:
             self._renew()
+
+
+def _by_failure(origin: Origin) -> float:
+    return origin.failed_at
 
 
 def _by_time(entry: tuple[float, Origin]) -> float:

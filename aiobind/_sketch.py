@@ -54,7 +54,7 @@ class LatencySketch:
             self._room = _FULL - sum(self._counts)
 
     def quantile(self, q: float) -> float | None:
-        """Return the latency in seconds that the share *q* of them does not exceed, 0 to 1; None when there are none."""
+        """Return the latency in seconds that the share *q* of them, 0 to 1, does not exceed; None for want of any."""
         if not 0 <= q <= 1:
             raise ValueError(f"a quantile is from 0 to 1, not {q}")
         sums = list(accumulate(self._counts))

@@ -239,7 +239,7 @@ def open_bound(
         OSError: no socket could be made (EMFILE), or an option of the caller was refused.
     """
     sock = BoundSocket(target.family, kind | platform.socket_flags, proto)
-    local: tuple[IPAddress, ...] = ()
+    local: IPAddress | None = None
     try:
         if sock.gettimeout() != 0:
             sock.setblocking(False)
@@ -255,14 +255,14 @@ def open_bound(
                 ) from error.with_traceback(None)
         if binding.device is not None:
             _pin(sock, binding.device, strict=strict)
-        local = _candidates(sock, binding, target, options)
-        if local:
-            _bind(sock, local[0], target, port, freebind=binding.freebind)
+        local = _source_address(sock, binding, target, options)
+        if local is not None:
+            _bind(sock, local, target, port, freebind=binding.freebind)
         elif port is not None:
             platform.bind(sock, _ANY[target.family], port)
     except BindError as error:
         sock.close()
-        if error.errno != errno.EADDRNOTAVAIL or len(local) < 2:
+        if error.errno != errno.EADDRNOTAVAIL or len(binding.local) < 2 or local is None:
             raise
     except BaseException:
         sock.close()
@@ -271,7 +271,7 @@ def open_bound(
         return sock
     # A name may stand for addresses of several hosts: the next one may be ours. By another socket, for to try a
     # link-local address has pinned this one.
-    rest = binding._replace(local=local[1:])
+    rest = binding._replace(local=tuple(ip for ip in binding.local if ip.packed != local.packed))  # without zones
     return open_bound(rest, target, kind=kind, proto=proto, options=options, strict=strict, ports=ports, port=port)
 
 
@@ -300,20 +300,20 @@ _unpinned: set[tuple[str, bool]] = set()
 _log = logging.getLogger("aiobind")
 
 
-def _candidates(
+def _source_address(
     sock: BoundSocket, binding: Binding, target: Target, options: Sequence[SocketOption]
-) -> tuple[IPAddress, ...]:
-    """Return the source addresses to try, the kernel's own choice first."""
+) -> IPAddress | None:
+    """Return the source address to try: the kernel's own choice, where the binding allows that."""
     local = binding.local
+    ip = local[0] if local else None
     if len(local) != 1 and not binding.freebind:
         chosen = _kernels_choice(sock.interface, target, options)
-        if chosen is not None and (chosen in local or not local):
-            local = (chosen, *(ip for ip in local if ip != chosen))
-    if sock.interface is None and (binding.device or target.scope_id) and any(map(_needs_zone, local)):
+        if chosen is not None and (not local or chosen in local):
+            ip = chosen
+    if ip is not None and sock.interface is None and (binding.device or target.scope_id) and _needs_zone(ip):
         # Without the pin it is the zone that tells where a link-local address is.
-        zone = binding.device or socket.if_indextoname(target.scope_id)
-        return tuple(IPv6Address(f"{ip}%{zone}") if _needs_zone(ip) else ip for ip in local)
-    return local
+        return IPv6Address(f"{ip}%{binding.device or socket.if_indextoname(target.scope_id)}")
+    return ip
 
 
 def _zone(ip: IPAddress) -> str | None:

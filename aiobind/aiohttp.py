@@ -35,7 +35,7 @@ from ._resolve import literal, resolve
 from ._sockets import BoundSource, finders, handed_over
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable, Sequence
+    from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 
     from aiohttp.abc import ResolveResult
     from aiohttp.client_reqrep import ClientRequest, ConnectionKey
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
     from ._dial import Dialer, Route
     from ._events import Event
-    from ._origin import Origin, SourceStats
+    from ._origin import Origin
     from ._policy import Policy
     from ._resolve import Resolved
     from ._roster import Turn
@@ -178,7 +178,13 @@ class BoundTCPConnector(Sourced, aiohttp.TCPConnector):
         policy: chooses the source of each request; default ``RoundRobin()``. An instance serves one connector.
         limit_per_source: how many connections of one source may be in use or being made at the same time; 0 (the
             default) for no limit. A source with room goes before one without; where none has, a request waits for the
-            one whose turn it was. ``limit`` and ``limit_per_host`` keep aiohttp's meaning, over all sources together.
+            first that gets some, in the order of arrival. ``limit`` and ``limit_per_host`` keep aiohttp's meaning, over
+            all sources together.
+        limit_per_source_host: the same, for each source and destination host.
+        rate_per_source, rate_per_source_host: as for ``aiobind.Connector``. Only new connections count.
+        abort_on_link_down: cut the connections in use whose interface goes down, or away, or loses their address: the
+            request fails with an ``aiohttp.ClientOSError``. Idle ones are closed in any case.
+        on_event: as for ``aiobind.Connector``.
         happy_eyeballs_delay: RFC 8305's Connection Attempt Delay in seconds; None tries one address after the other.
         interleave: RFC 8305's First Address Family Count; default 1.
         local_ports, dns, strict, borrow, direct, fast_connect: as for ``aiobind.Connector``.
@@ -194,9 +200,9 @@ class BoundTCPConnector(Sourced, aiohttp.TCPConnector):
         InvalidSource: a text names no source.
         TypeError: no source was named; or ``local_addr`` or ``socket_factory``, whose place the source takes; or
             *local_ports* or *direct* is of a wrong type.
-        ValueError: a source was named twice; or ``dns`` and ``resolver`` together; or *local_ports*, *direct* or *dns*
-            makes no sense.
-        ImportError: *dns* needs ``aiobind[dns]``.
+        ValueError: a source was named twice; or ``dns`` and ``resolver`` together; or *local_ports*, *direct*, *dns* or
+            a limit makes no sense; or *policy* serves another connector.
+        ImportError: *dns* needs ``aiobind[dns]``, a rate ``aiobind[limits]``.
         NotImplementedError: an option was used that is not available yet.
 
     Errors of a request are aiohttp's own: a ``ClientConnectorError`` with the ``BindError``, ``ConnectError`` or
@@ -289,16 +295,10 @@ class BoundTCPConnector(Sourced, aiohttp.TCPConnector):
         """How many connections of one source may be in use or being made; 0 for no limit."""
         return self._limit_per_source
 
-    def stats(self) -> tuple[SourceStats, ...]:
-        """Return the figures of each source; one from outside the list is there while it has connections.
+    def _idle_of(self) -> Mapping[Source, int]:
+        return Counter(key.origin.source for key, protocol in self._idle() if protocol.is_connected())
 
-        Any thread may ask.
-        """
-        idle = Counter(key.origin.source for key, protocol in self._idle() if protocol.is_connected())
-        return self._dialer.stats(idle)
-
-    def remove(self, source: str | Source, *, drain: bool = True) -> None:  # noqa: D102 - the same, and the pool's
-        origin = self._dialer.remove(source, drain=drain)
+    def _removed(self, origin: Origin) -> None:
         for key, protocol in self._idle():
             if key.origin is origin:
                 _end(protocol)

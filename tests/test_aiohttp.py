@@ -586,7 +586,7 @@ async def test_when_every_source_fails_the_error_names_them_all(server: Server) 
         assert f"{NOT_OURS} is not usable" in str(error)
         assert error.os_error.destination == f"{HERE}:{server.port}"
         again = await failure(client, server.url())
-        assert again.errno == errno.EADDRNOTAVAIL
+        assert again.errno == errno.ENODEV  # the one that has failed longest ago goes first
     assert not server.peers
 
 

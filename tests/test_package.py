@@ -67,31 +67,48 @@ BoundSource.source
 ConnectError(errno, strerror, *, source=None, destination=None, attempts=())
 ConnectError.attempts
 Connector(*sources, policy=None, happy_eyeballs_delay=0.25, local_ports=None, socket_options=(), dns='system', \
-strict=True, borrow=False, direct=(), fast_connect=False, ttl_dns_cache=10.0)
+strict=True, borrow=False, direct=(), fast_connect=False, ttl_dns_cache=10.0, limit_per_source=0, \
+limit_per_source_host=0, rate_per_source=None, rate_per_source_host=None, abort_on_link_down=False, on_event=None)
 async Connector.aclose()
+Connector.add(source)
 async Connector.connect(host, port, *, source=None, family=0)
-async Connector.create_connection(protocol_factory, host, port, *, source=None, family=0, proto=0, flags=0, \
-ssl=None, server_hostname=None, **options)
+async Connector.create_connection(protocol_factory, host, port, *, source=None, family=0, proto=0, flags=0, ssl=None, \
+server_hostname=None, **options)
 async Connector.open_connection(host, port, *, limit=65536, **options)
+Connector.remove(source, *, drain=True)
+Connector.report(source, *, host, ok=False, seconds=None)
 Connector.stats()
 Connector.use_source(source)
+Event(kind, source, destination=None, error=None, seconds=None)
+Event.destination
+Event.error
+Event.kind
+Event.seconds
+Event.source
+Failover
+Failover.order(sources, host)
 Host(name)
 Host.name
 Interface(name, local=None)
 Interface.local
 Interface.name
 InvalidSource(text, reason, hint='')
+LeastConnections()
+LeastConnections.changed(source)
+LeastConnections.order(sources, host)
 Policy
 Policy.order(sources, host)
 Prefix(network)
 Prefix.network
 Prefix.pick()
+Random(seed=None)
+Random.order(sources, host)
 ResolveError(errno, strerror, *, source=None, destination=None)
 RoundRobin()
 RoundRobin.order(sources, host)
 Source
-SourceStats(source, connections, in_use, idle, connects, failures={}, suspended_until=None, \
-latency_p50=None, latency_p99=None, bytes_sent=0, bytes_received=0, ports={})
+SourceStats(source, connections, in_use, idle, connects, failures, suspended_until, latency_p50, latency_p99, \
+bytes_sent, bytes_received, ports)
 SourceStats.bytes_received
 SourceStats.bytes_sent
 SourceStats.connections
@@ -106,8 +123,14 @@ SourceStats.source
 SourceStats.suspended_until
 SourceView
 SourceView.connections
+SourceView.failures
 SourceView.in_use
 SourceView.source
+Sticky()
+Sticky.order(sources, host)
+Weighted(weights)
+Weighted.order(sources, host)
+Weighted.weights
 bound_source(connection)
 async connect(host, port, *, source, family=0, **options)
 parse_source(source)
@@ -117,11 +140,15 @@ use_source(source)
     "aiobind.aiohttp": """
 BoundTCPConnector(*sources, policy=None, limit_per_source=0, happy_eyeballs_delay=0.25, interleave=None, \
 local_ports=None, socket_options=(), dns='system', strict=True, borrow=False, direct=(), fast_connect=False, \
+limit_per_source_host=0, rate_per_source=None, rate_per_source_host=None, abort_on_link_down=False, on_event=None, \
 use_dns_cache=True, ttl_dns_cache=10, resolver=None, **keywords)
+BoundTCPConnector.add(source)
 BoundTCPConnector.clear_dns_cache(host=None, port=None)
 BoundTCPConnector.close(**keywords)
 async BoundTCPConnector.connect(req, traces, timeout)
 BoundTCPConnector.limit_per_source
+BoundTCPConnector.remove(source, *, drain=True)
+BoundTCPConnector.report(source, *, host, ok=False, seconds=None)
 BoundTCPConnector.stats()
 BoundTCPConnector.use_dns_cache
 BoundTCPConnector.use_source(source)
@@ -210,7 +237,9 @@ def constructor(cls: type) -> Callable[..., Any] | None:
 
 
 def members(cls: type) -> Iterator[tuple[str, object]]:
-    for name in sorted({*vars(cls), *inspect.get_annotations(cls)}):
+    # What it shares with others by a base of ours that is not public itself is its own.
+    bases = [base for base in cls.__mro__ if base is cls or (is_ours(base) and not hasattr(aiobind, base.__name__))]
+    for name in sorted({name for base in bases for name in (*vars(base), *inspect.get_annotations(base))}):
         if not name.startswith("_"):
             yield name, inspect.getattr_static(cls, name, None)
 
@@ -397,6 +426,9 @@ def test_no_other_module_touches_a_private_name_of_aiohttp() -> None:
 #: What aiobind takes of the standard library beyond asyncio and ipaddress. The last ones come with the others.
 STDLIB = {"__future__", "dataclasses", "random"} | {
     "_bisect",
+    "_blake2",
+    "_endian",
+    "_hashlib",
     "_random",
     "_sha2",
     "_sha512",
