@@ -121,7 +121,7 @@ class Sourced:
 
         Raises:
             InvalidSource: *source* names no source.
-            ValueError: it is none of this connector's.
+            ValueError: it is none of this connector's; or *seconds* is negative or not finite.
         """
         self._dialer.report(source, host, ok=ok, seconds=seconds)
 
@@ -407,7 +407,7 @@ class Connector(Sourced):
         finally:
             route.close()
         if not failures:
-            raise RuntimeError("the policy named no source")
+            raise RuntimeError(f"the policy named no source for {host}")
         try:
             raise merged(failures)
         finally:

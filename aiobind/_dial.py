@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import math
 import os
 import socket
 import time
+from contextlib import suppress
 from functools import partial
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, TypeAlias
@@ -66,6 +68,10 @@ _NO_ANSWER = frozenset({errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH})
 _ANSWERS = frozenset({errno.ECONNREFUSED, errno.ECONNRESET})
 
 
+#: What ``direct`` decides: all is left to the routing table.
+_EXEMPT = Binding()
+
+
 class NoPortError(BindError):
     """The source has no port left for one destination."""
 
@@ -86,7 +92,7 @@ class Route:
     async def next(self) -> Turn | None:
         """Return the next source, or None. One with room goes before one without; where none has, wait for the first.
 
-        The place that it takes is to be given back: `leave`.
+        It is to be told how it went: `leave`, or `leave_with` the connection.
 
         Raises:
             RuntimeError: the connector was closed meanwhile.
@@ -96,6 +102,7 @@ class Route:
             if limits.paced and not limits.ready(turn.origin, host):
                 self._late.append(turn)
             elif not limits.limited or limits.take(turn.origin, host):
+                turn.origin.begins()
                 return turn
             else:
                 self._full.append(turn)
@@ -104,26 +111,32 @@ class Route:
             turn = min(self._late, key=lambda turn: limits.waiting(turn.origin))
             self._late.remove(turn)
             if not limits.limited or limits.take(turn.origin, host):
-                return turn
+                return self._last(turn)
             self._full.append(turn)
         if not self._full:
             return None
         origin = await limits.wait([turn.origin for turn in self._full], host)
         turn = next(turn for turn in self._full if turn.origin is origin)
         self._full.remove(turn)
+        return self._last(turn)
+
+    def _last(self, turn: Turn) -> Turn:
+        turn.forced = True  # the order has ended, and cannot come back to it
+        turn.origin.begins()
         return turn
 
     def leave(self, turn: Turn) -> None:
-        """Give the place of *turn* back."""
+        """Give the place of *turn* back: it has failed."""
+        turn.origin.has_ended()
         if self._limits.limited:
             self._limits.release(turn.origin, self._host)
 
-    def leave_with(self, turn: Turn, sock: BoundSocket) -> None:
-        """Give the place of *turn* back when *sock* ends."""
-        if not self._limits.limited:
-            return
-        release = partial(self._limits.release, turn.origin, self._host)
-        sock.register(lambda *_: release())
+    def leave_with(self, turn: Turn, sock: BoundSocket | None) -> None:
+        """Give the place of *turn* back when *sock* ends; or leave that to somebody else."""
+        turn.origin.has_ended()
+        if sock is not None and self._limits.limited:
+            release = partial(self._limits.release, turn.origin, self._host)
+            sock.register(lambda *_: release())
 
     def close(self) -> None:
         """Ask for no more: a probe that is not under way leaves its chance to another connection."""
@@ -151,8 +164,6 @@ class Dialer:
         on_event: Callable[[Event], object] | None = None,
     ) -> None:
         self._journal = Journal(on_event)
-        #: each serves one loop and one set of sources
-        self.roster = Roster(sources, policy, self._journal, pooled=pooled)
         #: stands for this dialer in `_scope`, without holding it
         self.scope = object()
         self.limits: Limits[Origin] = Limits() if limits is None else limits
@@ -170,6 +181,10 @@ class Dialer:
         self._aborts = abort_on_link_down
         #: is told which sockets' interface or address has gone
         self.on_lost: Callable[[set[BoundSocket]], object] | None = None
+        #: whether any such socket is left, which may stand again
+        self._fallen = False
+        #: each serves one loop and one set of sources; the last to be made, for it takes the policy
+        self.roster = Roster(sources, policy, self._journal, pooled=pooled)
 
     def enter(self) -> asyncio.AbstractEventLoop:
         """Return the running loop, which must be the one of the first use.
@@ -217,14 +232,17 @@ class Dialer:
         if self._closed:
             return
         self.roster.links_changed(table, borrow=self._borrow)
-        if not lost:
+        if not lost and not self._fallen:
             return
         gone: set[BoundSocket] = set()
+        self._fallen = False
         for origin in self.roster.all:
             for sock in origin.sockets:
                 stood, sock.stood = sock.stood, self._planner.stands(sock)
-                if stood and not sock.stood:
-                    gone.add(sock)
+                if not sock.stood:
+                    self._fallen = True
+                    if stood:
+                        gone.add(sock)
         if not gone:
             return
         # The kernel tells an established connection nothing. Those that are idle are of no use any more.
@@ -232,7 +250,7 @@ class Dialer:
             self.on_lost(gone)
         if self._aborts:
             for sock in gone:
-                platform.abort(sock)
+                sock.abort()
 
     # ── the list of sources ──
 
@@ -248,7 +266,7 @@ class Dialer:
         self.limits.forget(origin)
         if not drain:
             for sock in origin.sockets:
-                platform.abort(sock)
+                sock.abort()
         return origin
 
     def report(self, source: str | Source, host: str, *, ok: bool, seconds: float | None) -> None:
@@ -257,6 +275,8 @@ class Dialer:
         if ok:
             self.roster.accept(origin, place_of(host))
         else:
+            if seconds is not None and not 0 <= seconds < math.inf:
+                raise ValueError(f"seconds is how long the ban lasts, 0 or more, not {seconds}")
             error = OSError(errno.EACCES, "reported as banned there")
             self.roster.shun(origin, place_of(host), error, banned=True, seconds=seconds)
 
@@ -389,7 +409,8 @@ class Dialer:
         else:
             sock, errors = await self._probe(turn.patience, race(attempts, delay), origin, bindings)
         if sock is None:
-            if not bindings:
+            # To lack an address of the target's family is no failure, unless the source has lost it.
+            if not bindings and (origin.down is not None or any(no.errno != errno.EADDRNOTAVAIL for no in refusals)):
                 origin.failed(BindError(*refusals[0]))
                 origin.failed_at = time.monotonic()
             raise _failure(source, destination, list(zip(bindings, errors, strict=True)), refusals)
@@ -409,7 +430,9 @@ class Dialer:
             if not deadline.expired():
                 raise
             error = BindError(errno.ETIMEDOUT, f"it has failed before, and gets no answer within {patience:.1f} s")
-            for family in {target.family for target in targets}:
+            # Not a family that has never failed, or has answered just now: its target may be down.
+            origin.failed(error)
+            for family in {target.family for target in targets} & origin.breakers.keys():
                 self.roster.fails(origin, family, error)
             return None, [error for _ in targets]
 
@@ -462,7 +485,7 @@ class Dialer:
             return await self._planner.plan(source, targets)
         pinned = [target for target in targets if not self._direct.covers(host, target)]
         decided = dict(zip(pinned, await self._planner.plan(source, pinned) if pinned else (), strict=True))
-        return [decided.get(target, Binding()) for target in targets]
+        return [decided.get(target, _EXEMPT) for target in targets]
 
     async def _attempt(
         self,
@@ -477,7 +500,8 @@ class Dialer:
         """Try one target, and draw the conclusions about the source."""
         if begun is not None:
             begun.append(target)
-        roster, source, began = self.roster, origin.source, time.monotonic()
+        source, began = origin.source, time.monotonic()
+        exempt = binding == _EXEMPT  # what becomes of it says nothing about the source
         try:
             sock = await self._open(loop, target, binding)
         except asyncio.CancelledError:
@@ -486,22 +510,13 @@ class Dialer:
             if time.monotonic() - began >= _SILENCE:
                 error: OSError = TimeoutError(errno.ETIMEDOUT, "no answer")
                 self._tell_failure(origin, target, error, began)
-                roster.waits_in_vain(origin, target.family, target, began, error)
-            raise
-        except NoPortError as error:
-            self._tell_failure(origin, target, error, began)
-            roster.shun(origin, destination, error)
-            raise
-        except BindError as error:
-            self._tell_failure(origin, target, error, began)
-            roster.fails(origin, target.family, error)
+                if not exempt:
+                    self._judge(origin, target, destination, error, began)
             raise
         except OSError as error:
             self._tell_failure(origin, target, error, began)
-            if error.errno in _NO_ANSWER:
-                roster.waits_in_vain(origin, target.family, target, began, error)
-            elif error.errno in _ANSWERS:
-                roster.works(origin, target.family, target)
+            if not exempt:
+                self._judge(origin, target, destination, error, began)
             raise
         seconds = time.monotonic() - began
         sock.target = target
@@ -509,13 +524,25 @@ class Dialer:
         if binding.owner is not None:
             sock.ifindex = binding.owner.index
         origin.latency.add(seconds)
-        roster.works(origin, target.family, target)
+        if not exempt:
+            self.roster.works(origin, target.family, target)
         if self._journal.reads_attempts:
             self._journal.connected(source, str(target), seconds)
         if binding.device is not None and sock.interface is None and not origin.unpinned:
             origin.unpinned = True
             self._journal.unpinned(source, str(target))
         return sock
+
+    def _judge(self, origin: Origin, target: Target, destination: str, error: OSError, began: float) -> None:
+        """Draw the conclusions from an attempt that has failed."""
+        if isinstance(error, NoPortError):
+            self.roster.shun(origin, destination, error)
+        elif isinstance(error, BindError):
+            self.roster.fails(origin, target.family, error)
+        elif error.errno in _NO_ANSWER:
+            self.roster.waits_in_vain(origin, target.family, target, began, error)
+        elif error.errno in _ANSWERS:
+            self.roster.works(origin, target.family, target)
 
     def _tell_failure(self, origin: Origin, target: Target, error: OSError, began: float) -> None:
         origin.failed(error)
@@ -597,7 +624,10 @@ class Dialer:
 
 
 def place_of(host: str) -> str:
-    """Return *host* as it is compared: without case, and without the dot of the root."""
+    """Return *host* as it is compared: without case and the dot of the root, and as it is asked for (IDNA)."""
+    if not host.isascii():
+        with suppress(UnicodeError):
+            host = host.encode("idna").decode()
     return host.rstrip(".").lower()
 
 

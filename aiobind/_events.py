@@ -73,14 +73,14 @@ class Journal:
 
     def suspended(self, source: Source, error: OSError, seconds: float, destination: str | None = None) -> None:
         """Tell that a source is left alone, for *destination* or at all."""
-        where = f" for {destination}" if destination else ""
+        where = f" for {shown(destination)}" if destination else ""
         time = "until its interface is back" if seconds == math.inf else f"for {seconds:.1f} s"
         _log.info("%s is suspended%s %s: %s", shown(str(source)), where, time, error.strerror or error)
         self._tell(Event("suspended", source, destination, error, seconds))
 
     def recovered(self, source: Source, destination: str | None = None) -> None:
         """Tell that a source is used again."""
-        _log.info("%s has recovered%s", shown(str(source)), f" for {destination}" if destination else "")
+        _log.info("%s has recovered%s", shown(str(source)), f" for {shown(destination)}" if destination else "")
         self._tell(Event("recovered", source, destination))
 
     def unpinned(self, source: Source, destination: str) -> None:

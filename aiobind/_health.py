@@ -51,6 +51,8 @@ class Breaker:
         """
         if now < self.until and seconds is None:
             return False
+        if now - self.until > self._longest:
+            self.failures = 0  # it has been all right for a long time
         self.error = error
         if seconds is None:
             seconds = min(self._first * 2.0 ** min(self.failures, 60), self._longest)

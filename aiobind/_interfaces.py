@@ -162,7 +162,9 @@ class InterfaceTable:
                     return _away(link)
                 if borrow or link.kind == "vrf":
                     return None
-                if isinstance(local, Address) and not self._holds(link, str(local.ip).partition("%")[0]):
+                if isinstance(local, Address):
+                    if self._holds(link, str(local.ip).partition("%")[0]):
+                        return None
                     return Refusal(errno.EADDRNOTAVAIL, f"{local} is not an address of {name}")
                 if not any(_serves(address) for address in link.addresses.values()):
                     return Refusal(errno.EADDRNOTAVAIL, f"{name} has no address")

@@ -6,6 +6,7 @@ Nothing here decides: the roster chooses by this, the policies see some of it, `
 from __future__ import annotations
 
 import errno
+import logging
 import math
 import time
 import weakref
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from ._sources import Source
 
 __all__ = ["Origin", "SourceStats"]
+
+_log = logging.getLogger("aiobind")
 
 #: TCP_TIMEWAIT_LEN (linux/net/tcp.h): for so many seconds a connection that this end closed first keeps its port.
 _TIME_WAIT = 60.0
@@ -79,6 +82,7 @@ class Origin:
         "breakers",
         "bytes_received",
         "bytes_sent",
+        "connecting",
         "connections",
         "connects",
         "down",
@@ -101,6 +105,8 @@ class Origin:
         self._sockets: weakref.WeakValueDictionary[int, BoundSocket] = weakref.WeakValueDictionary()
         self.connections = 0
         self.connects = 0
+        #: attempts under way
+        self.connecting = 0
         #: connections that the pool, where there is one, has handed out
         self.held = 0
         self.failures = 0
@@ -167,6 +173,16 @@ class Origin:
                 self._free(key)
         self.changed()
 
+    def begins(self) -> None:
+        """Count an attempt to connect, or to get a connection from the pool."""
+        self.connecting += 1
+        self.changed()
+
+    def has_ended(self) -> None:
+        """Count an attempt as ended, whatever came of it."""
+        self.connecting -= 1
+        self.changed()
+
     def handed_out(self) -> None:
         """Count a connection that the pool has handed out."""
         self.held += 1
@@ -180,7 +196,10 @@ class Origin:
     def changed(self) -> None:
         """Tell the policy that wants to know."""
         if self.on_change is not None:
-            self.on_change(self)
+            try:
+                self.on_change(self)
+            except Exception:  # amid the end of a connection, or the cancellation of an attempt
+                _log.exception("the policy failed at a change of %s", self.source)
 
     def ports_to(self, target: str) -> int:
         """Return how many local ports are taken towards *target*."""
@@ -211,8 +230,8 @@ class Origin:
         if self.down is not None:
             return math.inf
         ends = [breaker.until for breaker in self.breakers.values() if breaker.suspended(now)]
-        if not ends or any(family not in self.breakers for family in self.works):
-            return None  # a family that works is not held up by the other one
+        if len(ends) < len(self.breakers) or not ends or any(family not in self.breakers for family in self.works):
+            return None  # a family that works, or whose time has ended, is not held up by the other one
         return min(ends)
 
     def avoids(self, host: str, destination: str, now: float) -> float:

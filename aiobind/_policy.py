@@ -15,12 +15,10 @@ from __future__ import annotations
 import random
 from collections import OrderedDict, deque
 from collections.abc import MutableMapping
-from fractions import Fraction
 from hashlib import blake2b
 from heapq import heapify, heappop, heappush, nsmallest
 from itertools import chain
-from math import isfinite, lcm
-from numbers import Rational, Real
+from math import gcd, isfinite, lcm
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeAlias
 
 from ._sources import parse_source
@@ -49,6 +47,11 @@ class SourceView(Protocol):
     @property
     def in_use(self) -> int:
         """Those of them that are in use; the others lie idle in a pool."""
+        ...
+
+    @property
+    def connecting(self) -> int:
+        """Attempts to get one that are under way."""
         ...
 
     @property
@@ -127,8 +130,8 @@ class Weighted:
     """Each source in proportion to its weight, evenly mixed.
 
     At any time since the beginning, each count is less than 1 away from what is due to its source, and exact when
-    a cycle is complete. A change of weights, or of the healthy sources, holds from the next choice on: what was due
-    before is neither lost nor made up for by more than about one choice, and who returns comes as a new one.
+    a cycle is complete. A change of weights, or of the healthy sources, holds from the next choice on, and costs it
+    O(n). Nobody has more than one choice to make up for then, so that a source that returns is not flooded.
 
     Args:
         weights: of each source, as text or parsed; a source without one has the weight 1. Only their proportion
@@ -161,7 +164,7 @@ class Weighted:
             keys = tuple([view.source for view in views])
             if turns is None or keys != turns.keys or self._version != self._weights.version:
                 self._version = self._weights.version
-                turns = self._turns = _Turns(keys, [self._weights.exact(key) for key in keys], turns)
+                turns = self._turns = _Turns(keys, [self._weights.ratio(key) for key in keys], turns)
             self._views = views
         for at in turns.order():
             yield views[at]
@@ -171,25 +174,28 @@ class _Weights(MutableMapping["str | Source", float]):
     """Weights by source. A text stands for the source that it names."""
 
     def __init__(self) -> None:
-        self._given: dict[Source, tuple[float, Fraction]] = {}
+        self._given: dict[Source, tuple[float, tuple[int, int]]] = {}
         self.version = 0
 
-    def exact(self, source: Source) -> Fraction:
+    def ratio(self, source: Source) -> tuple[int, int]:
+        """Return the weight of *source*, exactly."""
         given = self._given.get(source)
-        return Fraction(1) if given is None else given[1]
+        return (1, 1) if given is None else given[1]
 
     def __getitem__(self, source: str | Source) -> float:
         return self._given[parse_source(source)][0]
 
     def __setitem__(self, source: str | Source, weight: float) -> None:
         key = parse_source(source)
-        if isinstance(weight, bool) or not isinstance(weight, Real):
+        if isinstance(weight, bool) or not hasattr(weight, "as_integer_ratio"):
             raise TypeError(f"the weight of {key} is a number, not {type(weight).__name__}")
-        if not (isinstance(weight, Rational) or isfinite(weight)) or weight < 0:
+        try:
+            ratio = _ratio(weight)
+        except (ValueError, OverflowError):
+            ratio = -1, 1
+        if ratio[0] < 0:
             raise ValueError(f"the weight of {key} is a finite number of 0 or more, not {weight}")
-        # 0.1 is meant as a tenth, not as the binary fraction next to it.
-        exact = Fraction(weight) if isinstance(weight, Rational) else Fraction(repr(float(weight)))
-        self._given[key] = weight, exact
+        self._given[key] = weight, ratio
         self.version += 1
 
     def __delitem__(self, source: str | Source) -> None:
@@ -206,8 +212,20 @@ class _Weights(MutableMapping["str | Source", float]):
         return repr({str(source): weight for source, (weight, _) in self._given.items()})
 
 
+def _ratio(number: float) -> tuple[int, int]:
+    """Return *number* as it is written: 0.1 is meant as a tenth, not as the binary fraction next to it."""
+    if not isinstance(number, float) or not isfinite(number):
+        return number.as_integer_ratio()  # raises if it is none
+    digits, _, exponent = float.__repr__(number).partition("e")
+    whole, _, part = digits.partition(".")
+    power = int(exponent or 0) - len(part)
+    return int(whole + part) * 10 ** max(power, 0), 10 ** max(-power, 0)
+
+
 #: The lag that a source takes along over a change is rounded to this part of a choice.
 _LAG: Final = 2**32
+#: Of so many sources that are not there the lag is kept.
+_AWAY: Final = 1000
 
 
 class _Turns:
@@ -223,14 +241,17 @@ class _Turns:
     equal weights the heaps hold one entry.
     """
 
-    def __init__(self, keys: tuple[Source, ...], weights: Sequence[Fraction], before: _Turns | None) -> None:
+    def __init__(self, keys: tuple[Source, ...], weights: Sequence[tuple[int, int]], before: _Turns | None) -> None:
         self.keys = keys
-        scale = lcm(*(weight.denominator for weight in weights))
-        self._weights = [weight.numerator * (scale // weight.denominator) for weight in weights]
+        scale = lcm(*(below for _, below in weights))
+        whole = [above * (scale // below) for above, below in weights]
+        common = gcd(*whole) or 1
+        self._weights = [weight // common for weight in whole]
         self._total = sum(self._weights)
         self._slot = 0
         self._counts = [0] * len(keys)
         self._reserves = [at for at, weight in enumerate(self._weights) if not weight]
+        self.away: dict[Source, int] = {}
         self._lags = self._inherited(before)
         #: (first slot, deadline, a member, members); the same by its first two; (deadline, a member, members)
         self._waiting: list[tuple[int, int, int, deque[int]]] = []
@@ -241,15 +262,20 @@ class _Turns:
                 self._wait(at)
 
     def _inherited(self, before: _Turns | None) -> list[int]:
-        """Return what is due to each source, less what it had, as parts of a choice; the sum of it is 0."""
+        """Return what is due to each source from before, less what it had, as parts of a choice.
+
+        Who is away keeps it, for with sources that come and go all the time a light one would never get its turn. The
+        others share what the absent ones leave on either side by their weights, but nobody takes along more than 1.
+        """
         if before is None:
             return [0] * len(self.keys)
-        known = {key: before.lag(at) for at, key in enumerate(before.keys)}
-        lags = [known.get(key, 0) if weight else 0 for key, weight in zip(self.keys, self._weights, strict=True)]
-        # Those who have gone leave a surplus on one side, which nobody has to make up for.
-        behind, ahead = sum(lag for lag in lags if lag > 0), -sum(lag for lag in lags if lag < 0)
-        common = min(behind, ahead)
-        return [lag * common // (behind if lag > 0 else ahead) if lag else 0 for lag in lags]
+        self.away = before.away | {key: before.lag(at) for at, key in enumerate(before.keys)}
+        lags = [self.away.pop(key, 0) if weight else 0 for key, weight in zip(self.keys, self._weights, strict=True)]
+        for key in list(self.away)[:-_AWAY]:
+            del self.away[key]
+        left, total = sum(lags), self._total or 1
+        shares = (left * weight // total for weight in self._weights)
+        return [max(-_LAG, min(_LAG, lag - share)) for lag, share in zip(lags, shares, strict=True)]
 
     def lag(self, at: int) -> int:
         """Return what is due to a source by now, less what it had."""
@@ -314,7 +340,7 @@ def _ascending(heap: Sequence[Any]) -> Iterator[Any]:
             heappush(frontier, (heap[child], child))
 
 
-#: connections in use, failures, place in the order
+#: connections in use or under way, failures, place in the order
 _Load: TypeAlias = tuple[int, int, int]
 
 
@@ -323,7 +349,7 @@ class LeastConnections:
 
     Idle keep-alive connections are not counted: they are no load. A crawler leaves one behind at each host that it has
     been to, and they last for a time that the host chooses; to count them would send it away from the source that
-    has got the most done.
+    has got the most done. Those under way are: of a hundred requests at once not all shall take the same source.
 
     With a connector, which tells of each change, a choice costs O(log n). Whoever calls ``order`` without ever calling
     ``changed`` pays O(n), and is right too. Who calls it calls it for each change.
@@ -344,7 +370,7 @@ class LeastConnections:
         at = self._places.get(source.source)
         if at is None:
             return
-        load = source.in_use, source.failures, at
+        load = source.in_use + source.connecting, source.failures, at
         if load != self._loads[at]:
             self._loads[at] = load
             self._version += 1
@@ -362,7 +388,7 @@ class LeastConnections:
         while version != self._version and len(seen) < len(views):
             if self._views is not views:  # for another call, while this one waited
                 others = [view for at, view in enumerate(views) if at not in seen]
-                yield from sorted(others, key=lambda view: (view.in_use, view.failures))
+                yield from sorted(others, key=lambda view: (view.in_use + view.connecting, view.failures))
                 return
             while self._heap[0] is not self._loads[self._heap[0][2]]:
                 heappop(self._heap)
@@ -380,7 +406,7 @@ class LeastConnections:
         self._views = views
         self._version += 1
         self._places = {view.source: at for at, view in enumerate(views)}
-        self._loads = [(view.in_use, view.failures, at) for at, view in enumerate(views)]
+        self._loads = [(view.in_use + view.connecting, view.failures, at) for at, view in enumerate(views)]
         self._heap = self._loads.copy()
         heapify(self._heap)
 

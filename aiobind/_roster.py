@@ -192,7 +192,10 @@ class Roster:
             self._renew()
         turns: list[Turn] = []
         avoiding: list[tuple[float, Origin]] = []
-        for origin in self._ordered(self._ready, host):
+        ready = self._ready
+        for origin in self._ordered(ready, host):
+            if origin.removed:  # meanwhile
+                continue
             if origin.avoid and (until := origin.avoids(host, destination, now)):
                 avoiding.append((until, origin))
                 continue
@@ -204,14 +207,21 @@ class Roster:
                 yield from self._probe(turn, now)
         avoiding.sort(key=_by_time)
         for _, origin in avoiding:
+            if origin.removed:
+                continue
             turn = Turn(origin)
             turns.append(turn)
             yield turn
         tried = {turn.origin for turn in turns if not turn.held_back}
         last = [turn.origin for turn in turns if turn.held_back]
-        last += [origin for origin in self._ordered(self._suspended, host) if origin not in tried]
+        others = self._suspended
+        if self._ready is not ready:  # some of those that were not may be ready by now: they are to be tried as well
+            known = frozenset(ready)
+            others = tuple(origin for origin in self._listed.values() if origin not in known)
+        last += [origin for origin in self._ordered(others, host) if origin not in tried]
         for origin in sorted(dict.fromkeys(last), key=_by_failure):
-            yield Turn(origin, forced=True)
+            if not origin.removed:
+                yield Turn(origin, forced=True)
 
     def _ordered(self, origins: tuple[Origin, ...], host: str) -> Iterable[Origin]:
         # A policy yields from what it was given.
@@ -253,10 +263,14 @@ class Roster:
 
     def works(self, origin: Origin, family: int, target: Hashable) -> None:
         """Note that *origin* has reached *target*."""
+        new = family not in origin.works
         origin.works.add(family)
-        if origin.breakers and origin.breakers.pop(family, None) is not None:
-            self._journal.recovered(origin.source)
-            self._renew()
+        if origin.breakers:
+            if origin.breakers.pop(family, None) is not None:
+                self._journal.recovered(origin.source)
+                self._renew()
+            elif new:  # the other one holds it up no more
+                self._renew()
         if len(self._listed) > 1:
             now = time.monotonic()
             for other in self._timeouts.reached(origin, target, now):

@@ -124,6 +124,7 @@ class BoundSocket(socket.socket):
     ifindex: int = 0
     stood: bool = False
     _claim: Claim | None = None
+    _carried: Traffic | None = None
     _on_end: tuple[OnEnd, ...] = ()
 
     def register(self, on_end: OnEnd) -> None:
@@ -133,11 +134,17 @@ class BoundSocket(socket.socket):
             _open[self.fileno()] = self.bound
 
     def traffic(self) -> Traffic | None:
-        """Return what the connection has carried so far; None: nobody can tell."""
-        try:
-            return platform.traffic(self)
-        except OSError:  # closed meanwhile, by another thread
-            return None
+        """Return what the connection has carried so far; None: nobody can tell.
+
+        uvloop closes the descriptor before it detaches the socket: then it is what was known when this was asked last.
+        """
+        self._carried = (platform.traffic(self) if self.fileno() >= 0 else None) or self._carried
+        return self._carried
+
+    def abort(self) -> None:
+        """End the connection at once: who uses it is told ECONNRESET."""
+        self.traffic()  # which is lost then
+        platform.abort(self)
 
     def claim(self, local: IPAddress, target: Target) -> bool:
         """Enter the source address and the target of this socket; return whether it must reserve its port."""
@@ -171,7 +178,7 @@ class BoundSocket(socket.socket):
         unsent = self._claim is not None and self._claim[3] and platform.unsent(self)
         return unsent, self.traffic() if self._on_end else None
 
-    def _end(self, descriptor: int, unsent: bool = False, traffic: Traffic | None = None) -> None:  # noqa: FBT
+    def _end(self, descriptor: int, unsent: bool = False, traffic: Traffic | None = None) -> None:  # noqa: FBT001, FBT002
         ended, self._claim = self._claim, None
         if ended is not None:
             release(ended, unsent=unsent)

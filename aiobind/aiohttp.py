@@ -352,11 +352,12 @@ class BoundTCPConnector(Sourced, aiohttp.TCPConnector):
                     raise
                 else:
                     turn.origin.handed_out()
+                    route.leave_with(turn, None)  # `_release` does
                     return connection
         finally:
             route.close()
         if error is None:
-            raise RuntimeError("the policy named no source")
+            raise RuntimeError(f"the policy named no source for {url.raw_host}")
         try:
             if len(failures) == 1:
                 raise error
@@ -379,6 +380,9 @@ class BoundTCPConnector(Sourced, aiohttp.TCPConnector):
         if not isinstance(key, _SourcedKey):  # the tunnel of a proxy, which is released under aiohttp's own key
             super()._release(key, protocol, should_close=should_close)
             return
+        sock = _sockets.get(protocol)
+        if sock is not None:
+            sock.traffic()  # uvloop closes it before it tells
         super()._release(cast("Any", key), protocol, should_close=should_close or key.origin.removed)
         key.origin.given_back()
         if self._dialer.limits.limited:

@@ -166,7 +166,14 @@ def test_readme_lists_every_example() -> None:
         ([GATEWAY, "0"], "usage: "),
         ([POLICY, "*=eth0", "http://127.0.0.1:1/"], "did you mean 'if!eth0'"),
         ([POLICY, "*=if!no-such-nic", "http://127.0.0.1:1/"], "no interface named 'no-such-nic' (have: "),
-        ([POLICY, "http://127.0.0.1:1/"], "name at least one source"),
+        ([POLICY, "*=if!lo", "http://127.0.0.1:1/"], "connect from if!lo to 127.0.0.1:1: connection refused"),
+        ([POLICY, "10.0.0.1/8=if!lo", "http://127.0.0.1:1/"], "10.0.0.1/8 has host bits set"),
+        ([POLICY, "10.0.0.0/33=if!lo", "http://127.0.0.1:1/"], "'10.0.0.0/33' does not appear to be"),
+        ([POLICY, "if!lo", "http://127.0.0.1:1/"], "neither a rule WHERE=SOURCE nor an http URL: 'if!lo'"),
+        ([POLICY, "=if!lo", "http://127.0.0.1:1/"], "neither a rule WHERE=SOURCE nor an http URL: '=if!lo'"),
+        ([POLICY, "*=if!lo", "gopher://127.0.0.1/"], "neither a rule WHERE=SOURCE nor an http URL: 'gopher:"),
+        ([POLICY, "http://127.0.0.1:1/"], "usage: "),
+        ([POLICY, "*=if!lo"], "usage: "),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -208,21 +215,53 @@ def test_pinned_session_leaves_from_its_source(source: str, address: str, pin: s
     assert site.seen == [("/", address)]
 
 
-def test_own_policy_chooses_by_host_and_goes_on_to_the_next_that_fits(site: Site) -> None:
-    by_name = site.url.replace("127.0.0.1", "localhost")
-    rules = ["localhost=127.0.0.2", "127.*=if!no-such-nic", "127.0.0.*=127.0.0.3"]
+def test_own_policy_chooses_by_pattern_and_goes_on_to_the_next_rule_that_fits(site: Site) -> None:
+    by_name = site.url.replace("127.0.0.1", "LOCALhost")
+    rules = ["LocalHost=127.0.0.2", "127.*=if!no-such-nic", "127.0.0.*=127.0.0.3"]
     ended = run(POLICY, *rules, f"{by_name}/a", f"{site.url}/b", f"{by_name}/c")
     assert (ended.returncode, ended.stderr) == (0, "")
     assert site.seen == [("/a", "127.0.0.2"), ("/b", "127.0.0.3"), ("/c", "127.0.0.2")]
     assert ended.stdout.splitlines()[1] == f"200 {site.url}/b from 127.0.0.3"
 
 
-def test_own_policy_refuses_a_host_that_fits_none(site: Site) -> None:
-    ended = run(POLICY, "localhost=127.0.0.2", f"{site.url}/")
+def test_own_policy_chooses_by_network_if_the_host_is_an_address(site: Site) -> None:
+    by_name = site.url.replace("127.0.0.1", "localhost")
+    rules = ["10.0.0.0/8=127.0.0.2", "::/0=127.0.0.2", "127.0.0.0/8=127.0.0.3", "local*=127.0.0.4", "*=127.0.0.3"]
+    ended = run(POLICY, *rules, f"{site.url}/a", f"{by_name}/b")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert site.seen == [("/a", "127.0.0.3"), ("/b", "127.0.0.4")]
+
+
+def test_own_policy_refuses_a_host_that_fits_no_rule_and_goes_on(site: Site) -> None:
+    by_name = site.url.replace("127.0.0.1", "localhost")
+    ended = run(POLICY, "127.0.0.0/8=127.0.0.2", f"{by_name}/a", f"{site.url}/b")
     assert ended.returncode == 1
-    assert ended.stderr.startswith("own_policy: ")
-    assert len(ended.stderr.splitlines()) == 1
-    assert not site.seen
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith(f"own_policy: {by_name}/a: ")
+    assert site.seen == [("/b", "127.0.0.2")]
+
+
+@pytest.mark.parametrize(
+    ("rule", "host", "fits"),
+    [
+        ("*", "example.com", True),
+        ("*.example.com", "www.example.com", True),
+        ("*.Example.com", "WWW.EXAMPLE.COM.", True),
+        ("*.example.com", "example.com", False),
+        ("10.0.0.0/8", "10.1.2.3", True),
+        ("10.0.0.0/8", "11.1.2.3", False),
+        ("10.0.0.0/8", "10.example.com", False),
+        ("0.0.0.0/0", "example.com", False),
+        ("10.*", "10.1.2.3", True),
+        ("2001:db8::/32", "2001:db8:1::2", True),
+        ("fe80::/10", "fe80::1%eth0", True),
+        ("::/0", "10.1.2.3", False),
+    ],
+)
+def test_own_policy_reads_its_rules(rule: str, host: str, fits: bool) -> None:
+    example = runpy.run_path(str(EXAMPLES / POLICY), run_name="own_policy")
+    where, _ = example["parsed"](f"{rule}=if!lo")
+    assert example["fits"](where, host) is fits
 
 
 # --- crawler -------------------------------------------------------------------------------------------------
