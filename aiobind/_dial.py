@@ -179,8 +179,8 @@ class Dialer:
         self._closed = False
         self._port_count: int | None = None
         self._aborts = abort_on_link_down
-        #: is told which sockets' interface or address has gone
-        self.on_lost: Callable[[set[BoundSocket]], object] | None = None
+        #: is told which sockets' interface or address has gone, and whether they are going to be cut
+        self.on_lost: Callable[[list[BoundSocket], bool], object] | None = None
         #: whether any such socket is left, which may stand again
         self._fallen = False
         #: each serves one loop and one set of sources; the last to be made, for it takes the policy
@@ -234,7 +234,7 @@ class Dialer:
         self.roster.links_changed(table, borrow=self._borrow)
         if not lost and not self._fallen:
             return
-        gone: set[BoundSocket] = set()
+        gone: list[BoundSocket] = []
         self._fallen = False
         for origin in self.roster.all:
             for sock in origin.sockets:
@@ -242,12 +242,15 @@ class Dialer:
                 if not sock.stood:
                     self._fallen = True
                     if stood:
-                        gone.add(sock)
+                        sock.lost = True
+                        gone.append(sock)
+                elif not self._aborts:
+                    sock.lost = False
         if not gone:
             return
         # The kernel tells an established connection nothing. Those that are idle are of no use any more.
         if self.on_lost is not None:
-            self.on_lost(gone)
+            self.on_lost(gone, self._aborts)
         if self._aborts:
             for sock in gone:
                 sock.abort()

@@ -123,6 +123,10 @@ class BoundSocket(socket.socket):
     #: the interface that it is pinned to, by its index; 0: none. And whether that, and the address, were there last.
     ifindex: int = 0
     stood: bool = False
+    #: either has gone since, so that it is not to be used again
+    lost: bool = False
+    #: what the client library makes of it
+    user: weakref.ref[object] | None = None
     _claim: Claim | None = None
     _carried: Traffic | None = None
     _on_end: tuple[OnEnd, ...] = ()
@@ -178,7 +182,7 @@ class BoundSocket(socket.socket):
         unsent = self._claim is not None and self._claim[3] and platform.unsent(self)
         return unsent, self.traffic() if self._on_end else None
 
-    def _end(self, descriptor: int, unsent: bool = False, traffic: Traffic | None = None) -> None:  # noqa: FBT001, FBT002
+    def _end(self, descriptor: int, unsent: bool = False, traffic: Traffic | None = None) -> None:
         ended, self._claim = self._claim, None
         if ended is not None:
             release(ended, unsent=unsent)

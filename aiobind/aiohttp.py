@@ -7,14 +7,15 @@
 
 What aiohttp keeps by key is keyed by source as well, so that no request rides on another source's connection. Only
 ``limit_per_host`` counts by host alone (`_PerHost`), and ``limit`` needs no key. These methods and ``_conns``,
-``_acquired_per_host``, ``_loop``, ``_ssl_shutdown_timeout``, ``_wrap_existing_connection`` and
-``ClientResponse._protocol`` are aiohttp's private names; nothing else of aiobind touches one, and a test holds them
-against the oldest and the newest supported aiohttp.
+``_acquired_per_host``, ``_loop``, ``_ssl_shutdown_timeout``, ``_wrap_existing_connection``,
+``ClientResponse._protocol`` and ``ResponseHandler._payload`` are aiohttp's private names; nothing else of aiobind
+touches one, and a test holds them against the oldest and the newest supported aiohttp.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 import weakref
 from collections import Counter, defaultdict
@@ -29,7 +30,7 @@ from aiohttp.client_proto import ResponseHandler
 from ._binding import Target
 from ._connector import Sourced, make_dialer
 from ._dial import destination_of, place_of
-from ._errors import AiobindError, ResolveError, is_sources_fault, merged
+from ._errors import AiobindError, BindError, ResolveError, explained, is_sources_fault, merged
 from ._race import interleave
 from ._resolve import literal, resolve
 from ._sockets import BoundSource, finders, handed_over
@@ -104,6 +105,13 @@ class _Dial:
 
 
 _dialling: ContextVar[_Dial] = ContextVar("aiobind_dialling")
+
+
+class _LinkLost(aiohttp.ClientOSError, aiohttp.ClientPayloadError):
+    """The connection was cut in the middle of a body: by the name of what fails at once, and by that of what is cut."""
+
+
+_LinkLost.__name__ = _LinkLost.__qualname__ = "ClientOSError"
 
 #: The socket of a protocol; also when its response was read and the connection went back to the pool.
 _sockets: weakref.WeakKeyDictionary[ResponseHandler, BoundSocket] = weakref.WeakKeyDictionary()
@@ -303,11 +311,20 @@ class BoundTCPConnector(Sourced, aiohttp.TCPConnector):
             if key.origin is origin:
                 _end(protocol)
 
-    def _drop_idle(self, gone: set[BoundSocket]) -> None:
+    def _on_lost(self, gone: Iterable[BoundSocket], cut: bool) -> None:
         """Close the idle connections whose interface or address has gone: the kernel never would."""
-        for _, protocol in self._idle():
-            if _sockets.get(protocol) in gone:
+        idle = {protocol for _, protocol in self._idle()}
+        for sock in gone:
+            protocol = None if sock.user is None else sock.user()
+            if not isinstance(protocol, ResponseHandler):
+                continue
+            if protocol in idle:
                 _end(protocol)
+            elif cut and (payload := protocol._payload) is not None and not payload.is_eof():  # noqa: SLF001
+                # In the middle of a body aiohttp would make a ClientPayloadError of it, without an errno.
+                text = "the interface or address of the connection has gone"
+                payload.set_exception(_LinkLost(errno.ECONNRESET, text))
+                protocol._payload = None  # noqa: SLF001
 
     def _idle(self) -> list[tuple[_SourcedKey, ResponseHandler]]:
         pool = cast("dict[object, Sequence[tuple[ResponseHandler, float]]]", self._conns)
@@ -347,13 +364,21 @@ class BoundTCPConnector(Sourced, aiohttp.TCPConnector):
                     failures.append(cast("AiobindError", this.os_error))
                     if not is_sources_fault(failures[-1]):
                         break
+                    continue
                 except BaseException:
                     route.leave(turn)
                     raise
-                else:
-                    turn.origin.handed_out()
-                    route.leave_with(turn, None)  # `_release` does
+                turn.origin.handed_out()
+                route.leave_with(turn, None)  # `_release` does
+                sock = _sockets.get(cast("ResponseHandler", connection.protocol))
+                if sock is None or not sock.lost:
                     return connection
+                # It was lost in the very moment in which it was made: nothing has been sent.
+                connection.close()
+                source, destination = turn.origin.source, destination_of(url.raw_host or "", url.port or 0)
+                text = explained(source, destination, "its interface or address has gone since it connected")
+                failures.append(BindError(errno.ENETDOWN, text, source=source, destination=destination))
+                error = aiohttp.ClientConnectorError(req.connection_key, failures[-1])
         finally:
             route.close()
         if error is None:
@@ -383,6 +408,7 @@ class BoundTCPConnector(Sourced, aiohttp.TCPConnector):
         sock = _sockets.get(protocol)
         if sock is not None:
             sock.traffic()  # uvloop closes it before it tells
+            should_close = should_close or sock.lost  # though its transport may not know of that yet
         super()._release(cast("Any", key), protocol, should_close=should_close or key.origin.removed)
         key.origin.given_back()
         if self._dialer.limits.limited:
@@ -402,6 +428,7 @@ class BoundTCPConnector(Sourced, aiohttp.TCPConnector):
             _dialling.reset(token)
         if dial.sock is not None:
             _sockets[protocol] = dial.sock
+            dial.sock.user = weakref.ref(protocol)
         return protocol
 
     async def _wrap_create_connection(  # type: ignore[override]
@@ -463,10 +490,10 @@ class BoundTCPConnector(Sourced, aiohttp.TCPConnector):
 _NO_TIMEOUT = aiohttp.ClientTimeout(total=None, connect=None, sock_connect=None, sock_read=None)
 
 
-def _on_lost(reference: weakref.ref[BoundTCPConnector], gone: set[BoundSocket]) -> None:
+def _on_lost(reference: weakref.ref[BoundTCPConnector], gone: list[BoundSocket], cut: bool) -> None:
     connector = reference()
     if connector is not None:
-        connector._drop_idle(gone)  # noqa: SLF001 # pyright: ignore[reportPrivateUsage] - its own callback
+        connector._on_lost(gone, cut)  # noqa: SLF001 # pyright: ignore[reportPrivateUsage] - its own callback
 
 
 def _end(protocol: ResponseHandler) -> None:

@@ -303,7 +303,7 @@ async def test_a_policy_that_names_no_source(server: Server) -> None:
             return ()
 
     async with session(A, policy=Nobody()) as client:
-        assert str(await failure(client, server.url())) == "the policy named no source"
+        assert str(await failure(client, server.url())) == "the policy named no source for 127.0.0.1"
 
 
 async def test_the_limit_counts_connections_in_use_over_all_sources(server: Server) -> None:

@@ -84,6 +84,7 @@ def test_every_private_name_that_we_touch_is_held_here() -> None:
         "_conns",
         "_create_connection",
         "_loop",
+        "_payload",
         "_protocol",
         "_release",
         "_ssl_shutdown_timeout",
