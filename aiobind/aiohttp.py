@@ -3,6 +3,7 @@
     connect                     for each source in its turn: aiohttp's ``connect``, with the source in the key
     _create_connection          notes where the new connection leaves from
     _wrap_create_connection     our race instead of aiohappyeyeballs'; TLS is aiohttp's
+    _get                        no idle connection beyond ``limit_per_host``
     _release                    the connection is no longer in use by its source
 
 What aiohttp keeps by key is keyed by source as well, so that no request rides on another source's connection. Only
@@ -400,6 +401,14 @@ class BoundTCPConnector(Sourced, aiohttp.TCPConnector):
             if not self.closed:
                 raise
             raise aiohttp.ClientConnectionError("Connector is closed") from error
+
+    async def _get(self, key: Any, traces: list[Trace]) -> Connection | None:
+        # aiohttp hands out an idle connection without a look at the limit: with one key for each host, one that is idle
+        # means that one less is in use than the limit allows. With one for each source it does not.
+        limit = self.limit_per_host
+        if limit and isinstance(key, _SourcedKey) and len(self._acquired_per_host.get(key, ())) >= limit:
+            return None
+        return await super()._get(cast("Any", key), traces)
 
     def _release(self, key: Any, protocol: ResponseHandler, *, should_close: bool = False) -> None:
         if not isinstance(key, _SourcedKey):  # the tunnel of a proxy, which is released under aiohttp's own key

@@ -328,6 +328,26 @@ async def test_the_limit_counts_connections_in_use_over_all_sources(server: Serv
         assert Counter(server.sources) == {A: 30, B: 30}
 
 
+async def test_limit_per_host_counts_idle_connections_of_no_other_source() -> None:
+    async with serving("0.0.0.0") as server, session(A, B, limit_per_host=3) as client:
+        for source in (A, B):  # three idle ones of each
+            with aiobind.use_source(source):
+                assert await together(*(get(client, server.url("/pause")) for _ in range(3))) == [source] * 3
+        most = 0
+
+        def look(_: web.Request) -> None:
+            nonlocal most
+            most = max(most, server.hosts[f"{HERE}:{server.port}"])
+
+        server.look = look
+        tasks: list[asyncio.Task[str]] = []
+        for source in (A, B):
+            with aiobind.use_source(source):
+                tasks += [asyncio.create_task(get(client, server.url("/pause"))) for _ in range(3)]
+        await together(*tasks)
+        assert most <= 3
+
+
 async def test_limit_per_host_counts_over_all_sources() -> None:
     async with serving("0.0.0.0") as server, session(A, B, C, limit_per_host=2) as client:
         at_once: Counter[str] = Counter()

@@ -46,6 +46,7 @@ SIGNATURES = {
     "_create_connection": "self, req, traces, timeout",
     "_wrap_create_connection": "self, *args, addr_infos, req, timeout, client_error, **kwargs",
     "_wrap_existing_connection": "self, *args, req, timeout, client_error, **kwargs",
+    "_get": "self, key, traces",
     "_release": "self, key, protocol, *, should_close",
 }
 
@@ -77,12 +78,13 @@ def test_every_private_name_that_we_touch_is_held_here() -> None:
     functions = {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)}
     used = {node.attr for node in attributes} | functions
     ours = functions | {node.attr for node in attributes if isinstance(node.ctx, ast.Store)} | set(vars(Dialer))
-    theirs = set(vars(TCPConnector)) | set(vars(BaseConnector)) | {"_acquired_per_host"}
+    theirs = set(vars(TCPConnector)) | set(vars(BaseConnector)) | {"_acquired_per_host", "_payload"}
     private = {name for name in used if name.startswith("_") and not name.startswith("__")}
     assert (private - ours) | (private & theirs) == {
         "_acquired_per_host",
         "_conns",
         "_create_connection",
+        "_get",
         "_loop",
         "_payload",
         "_protocol",
@@ -245,6 +247,32 @@ async def test_a_request_goes_through_these_methods_and_carries_our_key(url: str
         assert connector.keywords.keys() == {"timeout", "client_error", "ssl", "server_hostname"}, changed(
             f"the keywords of _wrap_create_connection: {sorted(connector.keywords)}"
         )
+
+
+async def test_the_body_that_is_being_read_is_the_payload_of_the_protocol() -> None:
+    """And who takes it away, with an error in it, has the last word on what the reader is told."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhello")
+        await writer.drain()
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    address = "http://{}:{}/".format(*server.sockets[0].getsockname())
+    async with server, aiohttp.ClientSession(connector=TCPConnector()) as client, client.get(address) as response:
+        protocol = response._protocol
+        assert protocol is not None
+        assert await response.content.readany() == b"hello"
+        assert protocol._payload is response.content, changed("ResponseHandler._payload")
+        response.content.set_exception(aiohttp.ClientOSError(104, "cut"))
+        protocol._payload = None
+        assert protocol.transport is not None
+        protocol.transport.abort()  # type: ignore[attr-defined]
+        await asyncio.sleep(0.01)
+        with pytest.raises(aiohttp.ClientOSError, match="cut"):
+            await response.content.readany()
 
 
 async def test_connections_in_use_are_counted_by_host_in_a_table_that_we_replace(url: str) -> None:

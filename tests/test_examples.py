@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import http.client
 import http.server
-import json
 import os
 import pty
 import re
@@ -20,7 +19,6 @@ import sys
 import termios
 import threading
 import time
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +30,7 @@ from aiobind import lab as aiobind_lab
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from aiobind.lab import Lab, Witness
+    from aiobind.lab import Lab
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 #: The package under test, which need not be the one beside the examples.
@@ -189,7 +187,6 @@ def test_what_is_wrong_is_said_in_one_line(arguments: list[str], said: str) -> N
     "arguments",
     [
         [PINNED, "if!lo"],
-        [CRAWLER, "--source", "if!lo", "--source", "127.0.0.2"],
         [POLICY, "*=if!lo"],
     ],
     ids=lambda value: value[0],
@@ -262,94 +259,6 @@ def test_own_policy_reads_its_rules(rule: str, host: str, fits: bool) -> None:
     example = runpy.run_path(str(EXAMPLES / POLICY), run_name="own_policy")
     where, _ = example["parsed"](f"{rule}=if!lo")
     assert example["fits"](where, host) is fits
-
-
-# --- crawler -------------------------------------------------------------------------------------------------
-
-LOOPBACK = {"if!lo": "127.0.0.1", "127.0.0.2": "127.0.0.2", "127.0.0.3": "127.0.0.3"}
-
-
-def results(output: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in output.splitlines()]
-
-
-@pytest.mark.parametrize("way", ["arguments", "stdin"])
-def test_crawler_spreads_the_pages_over_its_sources(way: str, site: Site) -> None:
-    urls = [f"{site.url}/{number}" for number in range(30)]
-    sources = [text for source in LOOPBACK for text in ("--source", source)]
-    if way == "arguments":
-        ended = run(CRAWLER, *sources, *urls)
-    else:
-        ended = run(CRAWLER, *sources, "--concurrency", "4", stdin="\n".join(urls))
-    assert ended.returncode == 0, ended.stderr
-    lines = results(ended.stdout)
-    assert sorted(line["url"] for line in lines) == sorted(urls)
-    assert Counter(line["source"] for line in lines) == dict.fromkeys(LOOPBACK, 10)
-    assert {(line["source"], line["local"]) for line in lines} == set(LOOPBACK.items())
-    assert sorted(site.seen) == sorted((line["url"].removeprefix(site.url), line["local"]) for line in lines)
-    assert all(line["status"] == 200 and line["bytes"] == 4 and line["ms"] > 0 for line in lines)
-    *_, last_source, summary = ended.stderr.splitlines()
-    assert last_source.split()[:2] == ["127.0.0.3", "10"]
-    assert summary.startswith("30 of 30 pages, 0 failed, ")
-    assert "\x1b" not in ended.stderr
-
-
-def test_crawler_tries_a_broken_connection_again(site: Site) -> None:
-    ended = run(CRAWLER, "--source", "if!lo", f"{site.url}/flaky")
-    assert ended.returncode == 0, ended.stderr
-    assert [line["status"] for line in results(ended.stdout)] == [200]
-    assert site.seen == [("/flaky", "127.0.0.1")] * 3
-
-
-def test_crawler_tells_of_what_it_could_not_get(site: Site) -> None:
-    ended = run(CRAWLER, "--source", "if!no-such-nic", f"{site.url}/")
-    assert ended.returncode == 1
-    (line,) = results(ended.stdout)
-    assert set(line) == {"url", "error"}
-    assert "no interface named 'no-such-nic'" in line["error"]
-    assert "0 of 1 pages, 1 failed" in ended.stderr
-    ended = run(CRAWLER, "--source", "127.0.0.2", "http://127.0.0.1:1/", "nonsense", f"{site.url}/")
-    assert ended.returncode == 1
-    by_url = {line["url"]: line for line in results(ended.stdout)}
-    assert by_url["http://127.0.0.1:1/"]["error"].endswith("connection refused")
-    assert "nonsense" in by_url["nonsense"]["error"]
-    assert by_url[f"{site.url}/"]["status"] == 200
-
-
-def test_crawler_shows_what_it_has_when_interrupted(site: Site) -> None:
-    with started(CRAWLER, "--source", "if!lo", "--concurrency", "2", f"{site.url}/", f"{site.url}/slow") as process:
-        assert process.stdout is not None
-        assert json.loads(process.stdout.readline())["status"] == 200
-        errors = interrupted(process)
-    assert "1 of 2 pages, 0 failed" in errors
-    assert errors.endswith("interrupted\n")
-
-
-def test_crawler_ends_quietly_when_nobody_reads_on(site: Site) -> None:
-    urls = [f"{site.url}/{number}" for number in range(50)]
-    with started(CRAWLER, "--source", "if!lo", "--concurrency", "1", *urls) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        process.stdout.readline()
-        process.stdout.close()
-        errors = process.stderr.read()
-        assert process.wait(10) == 1
-    assert "Traceback" not in errors
-    assert "Error" not in errors
-
-
-def test_crawler_in_the_lab_uses_every_nic(lab: Lab, witness: Witness) -> None:
-    with lab.far:
-        listener = socket.create_server((lab.target_v4, 80))
-    with serving(listener) as site:
-        sources = [text for nic in lab.nics for text in ("--source", f"if!{nic.name}")]
-        ended = run(CRAWLER, *sources, "--concurrency", "6", *[f"{site.url}/{number}" for number in range(12)])
-    assert ended.returncode == 0, ended.stderr
-    assert {line["source"]: line["local"] for line in results(ended.stdout)} == {
-        f"if!{nic.name}": nic.v4 for nic in lab.nics
-    }
-    ways = {(packet.nic, packet.source) for packet in witness.packets() if packet.syn}
-    assert ways == {(nic.name, nic.v4) for nic in lab.nics}
 
 
 # --- per_connection ------------------------------------------------------------------------------------------
@@ -629,16 +538,3 @@ def test_demo_on_a_terminal_ends_at_once_by_ctrl_c(moment: str) -> None:
     )  # subprocess itself may warn of a pipe, when it is cut short in its very start
     assert "Error" not in seen
     assert seen.count("\x1b[?25l") == seen.count("\x1b[?25h")  # the cursor is back
-
-
-def test_crawler_shows_its_table_on_the_terminal_while_the_results_go_elsewhere(site: Site, tmp_path: Path) -> None:
-    output = tmp_path / "pages.jsonl"
-    with output.open("wb") as file:
-        urls = f"{site.url}/", f"{site.url}/slow"
-        with terminal(CRAWLER, "--source", "if!lo", *urls, stdout=file) as (process, until, _):
-            until("1 of 2 pages")
-            site.let_go.set()
-            seen = until("2 of 2 pages, 0 failed")
-            assert process.wait(10) == 0
-    assert "\x1b[" in seen
-    assert [line["status"] for line in results(output.read_text())] == [200, 200]
