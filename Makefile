@@ -1,7 +1,8 @@
-# make demo | test | leaktest | fuzz | lint | wheel | clean. Needs Python 3.11 or newer, and PyPI to install from once.
+# make demo | test | bench | leaktest | fuzz | lint | wheel | clean. Needs Python 3.11 or newer, and PyPI to install from once.
 #
 #   make test PYTHON=python3.13               with another Python, in an environment of its own
 #   make test PYTEST_ARGS="-k egress -x"      whatever pytest takes
+#   make bench                                what a connect costs with many sources and addresses
 #   make leaktest                             where packets leave, beside curl and aiohttp; FULL=1: the whole product
 #   make fuzz FUZZ_SECONDS=600                the grammar and the netlink parser
 #   make test-oldest                          the oldest Python with the oldest dependencies
@@ -21,7 +22,7 @@ install = $(py) -m pip install --quiet --disable-pip-version-check $(if $(CONSTR
 export LOGNAME ?= $(shell id -un)
 
 .NOTPARALLEL:
-.PHONY: help demo test test-oldest leaktest fuzz lint format wheel clean
+.PHONY: help demo test test-oldest bench leaktest fuzz lint format wheel clean
 
 help:
 	@sed -n '1,/^$$/s/^#\{1,\} \{0,1\}//p' Makefile
@@ -34,6 +35,10 @@ test: $(VENV)/.with-test
 
 test-oldest:
 	@$(MAKE) --no-print-directory test PYTHON=$(PYTHON_OLDEST) VENV=$(VENV)-oldest CONSTRAINTS=tests/constraints-oldest.txt
+
+bench: $(VENV)/.with-test
+	$(py) bench/flat.py
+	$(py) bench/flat.py --uvloop
 
 leaktest: $(VENV)/.with-test
 	$(py) tests/leaktable.py $(if $(FULL),--full)

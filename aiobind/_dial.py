@@ -55,8 +55,6 @@ __all__ = ["Dialer", "Reach", "Route"]
 #: How a look-up gets a socket to ask with: `Dialer.reach`.
 Reach: TypeAlias = "Callable[[Source | None, Target, int], Awaitable[BoundSocket]]"
 
-_Raced: TypeAlias = "tuple[BoundSocket | None, list[OSError]]"
-
 #: Local ports that one turn of the loop tries at most: 1 ms.
 _TRIES_PER_TURN = 50
 
@@ -67,6 +65,9 @@ _NO_ANSWER = frozenset({errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH})
 #: The target itself has answered.
 _ANSWERS = frozenset({errno.ECONNREFUSED, errno.ECONNRESET})
 
+
+#: Stands for a target, where a source hears nothing of the servers that another one hears of.
+_NAME_SERVERS = "name server"
 
 #: What ``direct`` decides: all is left to the routing table.
 _EXEMPT = Binding()
@@ -321,15 +322,24 @@ class Dialer:
             BindError: the source can reach no name server.
         """
         lookup = self._system if self._direct is not None and self._direct.names(host) else self._lookup
+        began = time.monotonic()
         try:
-            return await lookup.find(host, via=origin.source, family=family, flags=flags)
+            found = await lookup.find(host, via=origin.source, family=family, flags=flags)
         except (BindError, ResolveError) as error:  # it is the source that failed
+            origin.failed(error)
             raise _with_context(error, origin.source, destination_of(host, port)) from error.__cause__
         except socket.gaierror as error:
+            if lookup.by_source and error.errno == socket.EAI_AGAIN:
+                origin.failed(error)
+                for each in (socket.AF_INET, socket.AF_INET6):
+                    self.roster.waits_in_vain(origin, each, _NAME_SERVERS, began, error)
             text = f"the destination's name cannot be resolved: {error.strerror}"
             # Of what no name server has answered from here, another source may hear.
             source = origin.source if lookup.by_source and error.errno == socket.EAI_AGAIN else None
             raise _unresolved(host, port, text, error.errno, source) from error
+        if lookup.by_source:
+            self.roster.reaches(origin, 0, _NAME_SERVERS)
+        return found
 
     async def targets(
         self, origin: Origin, host: str, port: int, *, family: int = 0, flags: int = 0, first_family_count: int = 1
@@ -384,11 +394,50 @@ class Dialer:
             ResolveError: the name of the source could not be resolved.
             ConnectError: no target answered.
         """
-        loop = self.enter()
-        origin, source = turn.origin, turn.origin.source
-        destination = destination_of(host, targets[0].port)
-        if origin.breakers and not turn.forced:
-            targets = self._allowed(turn, targets, destination)
+        origin = turn.origin
+        if not origin.breakers or turn.forced:
+            return await self._dial(origin, host, targets, delay=delay, begun=begun)
+        families, probes = self.roster.allowed(turn, {target.family for target in targets})
+        if not families:
+            raise self._held_back(origin, host, targets[0])
+        allowed = [target for target in targets if target.family in families]
+        # A family that works waits for nobody.
+        patience = self.roster.patience(origin) if len(probes) == len(families) else None
+        try:
+            async with asyncio.timeout(patience) as deadline:
+                return await self._dial(origin, host, allowed, delay=delay, begun=begun)
+        except TimeoutError as error:
+            if not deadline.expired():
+                raise
+            reason = f"it has failed before, and gets no answer within {patience:.1f} s"
+            destination = destination_of(host, targets[0].port)
+            failure = _with_context(BindError(errno.ETIMEDOUT, reason), origin.source, destination)
+            origin.failed(failure)
+            for family in families & origin.breakers.keys():  # the other one has been answered meanwhile
+                self.roster.fails(origin, family, failure)
+            raise failure from error
+        finally:
+            for breaker in probes:
+                breaker.probing = False
+
+    def _held_back(self, origin: Origin, host: str, target: Target) -> AiobindError:
+        breaker = origin.breakers[target.family]
+        wait = breaker.until - time.monotonic()
+        until = f"for another {wait:.1f} s" if wait > 0 else "until somebody has found out how it is now"
+        cause = breaker.error or OSError(errno.ENETUNREACH, "")
+        error = BindError(cause.errno or errno.ENETUNREACH, f"it is suspended {until}: {cause.strerror}")
+        return _with_context(error, origin.source, destination_of(host, target.port))
+
+    async def _dial(
+        self,
+        origin: Origin,
+        host: str,
+        targets: Sequence[Target],
+        *,
+        delay: float | None,
+        begun: list[Target] | None,
+    ) -> BoundSocket:
+        loop, source, destination = self.enter(), origin.source, destination_of(host, targets[0].port)
         try:
             decisions = await self._plan(source, host, targets)
         except (BindError, ResolveError) as error:
@@ -407,10 +456,7 @@ class Dialer:
             partial(self._attempt, loop, origin, *planned, destination=destination, begun=begun)
             for planned in bindings.items()
         ]
-        if turn.patience is None:
-            sock, errors = await race(attempts, delay)
-        else:
-            sock, errors = await self._probe(turn.patience, race(attempts, delay), origin, bindings)
+        sock, errors = await race(attempts, delay)
         if sock is None:
             # To lack an address of the target's family is no failure, unless the source has lost it.
             if not bindings and (origin.down is not None or any(no.errno != errno.EADDRNOTAVAIL for no in refusals)):
@@ -421,38 +467,6 @@ class Dialer:
         origin.opened(sock)
         self._mind_ports(origin, sock, destination)
         return sock
-
-    async def _probe(
-        self, patience: float, attempt: Awaitable[_Raced], origin: Origin, targets: Iterable[Target]
-    ) -> _Raced:
-        """Give a source that has failed before its chance, and let nobody wait for it for long."""
-        try:
-            async with asyncio.timeout(patience) as deadline:
-                return await attempt
-        except TimeoutError:
-            if not deadline.expired():
-                raise
-            error = BindError(errno.ETIMEDOUT, f"it has failed before, and gets no answer within {patience:.1f} s")
-            # Not a family that has never failed, or has answered just now: its target may be down.
-            origin.failed(error)
-            for family in {target.family for target in targets} & origin.breakers.keys():
-                self.roster.fails(origin, family, error)
-            return None, [error for _ in targets]
-
-    def _allowed(self, turn: Turn, targets: Sequence[Target], destination: str) -> Sequence[Target]:
-        """Leave out the families that the source is suspended for; where none is left, others shall go first."""
-        now, breakers = time.monotonic(), turn.origin.breakers
-        allowed = [
-            target for target in targets if target.family not in breakers or not breakers[target.family].suspended(now)
-        ]
-        if not allowed:
-            turn.held_back = True
-            breaker = breakers[targets[0].family]
-            reason = f"it is suspended for another {breaker.until - now:.1f} s, since it has failed"
-            cause = breaker.error or BindError(errno.ENETUNREACH, reason)
-            text = f"{reason}: {cause.strerror}"
-            raise _with_context(BindError(cause.errno or errno.ENETUNREACH, text), turn.origin.source, destination)
-        return allowed
 
     def _mind_ports(self, origin: Origin, sock: BoundSocket, destination: str) -> None:
         """Past half of the ports for a target another source shall go first, for as long as it takes to free some."""

@@ -66,6 +66,10 @@ class Breaker:
         """Return whether it is to be left alone."""
         return now < self.until
 
+    def due(self, now: float) -> bool:
+        """Return whether it is time to find out how it is now, and nobody else is about to."""
+        return now >= self.until and not self.probing
+
 
 _Source = TypeVar("_Source", bound="Hashable")
 

@@ -234,6 +234,13 @@ class Origin:
             return None  # a family that works, or whose time has ended, is not held up by the other one
         return min(ends)
 
+    @property
+    def is_being_probed(self) -> bool:
+        """Whether somebody is finding out how it is now, and no family of it is known to work."""
+        if any(family not in self.breakers for family in self.works):
+            return False
+        return any(breaker.probing for breaker in self.breakers.values())
+
     def avoids(self, host: str, destination: str, now: float) -> float:
         """Return until when *host*, or *destination*, shall have another source; 0.0: it need not."""
         ends = [

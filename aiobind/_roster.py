@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import math
+import socket
 import time
 import weakref
 from typing import TYPE_CHECKING, cast
@@ -50,16 +51,14 @@ class Turn:
 
     Attributes:
         origin: the source.
-        patience: how long the attempt may take, in seconds, before the next source is tried; None: for ever.
         forced: try it whatever it has failed at before.
         held_back: it was not tried, for what it has failed at before; set by who tries.
     """
 
-    __slots__ = ("forced", "held_back", "origin", "patience")
+    __slots__ = ("forced", "held_back", "origin")
 
-    def __init__(self, origin: Origin, *, patience: float | None = None, forced: bool = False) -> None:
+    def __init__(self, origin: Origin, *, forced: bool = False) -> None:
         self.origin = origin
-        self.patience = patience
         self.forced = forced
         self.held_back = False
 
@@ -108,7 +107,10 @@ class Roster:
         return origin
 
     def close(self) -> None:
-        """Let go of the policy."""
+        """Let go of the policy, which may serve another connector from now on."""
+        self._told = None
+        for origin in (*self._listed.values(), *self._guests.values()):
+            origin.on_change = None
         if _policies.get(id(self._policy)) is self:
             del _policies[id(self._policy)]
 
@@ -201,10 +203,10 @@ class Roster:
                 continue
             turn = Turn(origin)
             turns.append(turn)
-            if not origin.breakers:
-                yield turn
+            if origin.breakers and origin.is_being_probed:
+                turn.held_back = True
             else:
-                yield from self._probe(turn, now)
+                yield turn
         avoiding.sort(key=_by_time)
         for _, origin in avoiding:
             if origin.removed:
@@ -227,23 +229,6 @@ class Roster:
         # A policy yields from what it was given.
         return cast("Iterable[Origin]", self._policy.order(origins, host)) if origins else ()
 
-    def _probe(self, turn: Turn, now: float) -> Generator[Turn]:
-        """Yield a source that has failed, if nobody else is finding out how it is now."""
-        origin = turn.origin
-        due = [breaker for breaker in origin.breakers.values() if not breaker.suspended(now)]
-        if any(breaker.probing for breaker in due):
-            turn.held_back = True
-            return
-        for breaker in due:
-            breaker.probing = True
-        if due and len(self._ready) > 1:
-            turn.patience = max(_PATIENCE, 3 * (origin.latency.quantile(0.99) or 0.0))
-        try:
-            yield turn
-        finally:
-            for breaker in due:
-                breaker.probing = False
-
     def _renew(self) -> None:
         """Tell those that are ready from those that are not, and until when that is right."""
         now = time.monotonic()
@@ -259,6 +244,28 @@ class Roster:
                 self._right_until = min(self._right_until, until)
         self._ready, self._suspended = tuple(ready), tuple(suspended)
 
+    # ── probes ──
+
+    def allowed(self, turn: Turn, families: Iterable[int]) -> tuple[set[int], list[Breaker]]:
+        """Return those of *families* that the source may try now, and the breakers that this try is to find out about.
+
+        Each of these lets nobody else pass until its ``probing`` is over. Where no family is left, the turn is marked
+        as held back, for another source to go first.
+        """
+        now, breakers = time.monotonic(), turn.origin.breakers
+        allowed = {family for family in families if family not in breakers or breakers[family].due(now)}
+        turn.held_back = not allowed
+        probes = [breakers[family] for family in allowed if family in breakers]
+        for breaker in probes:
+            breaker.probing = True
+        return allowed, probes
+
+    def patience(self, origin: Origin) -> float | None:
+        """Return how long a probe of *origin* may take, in seconds; None: nobody else could take its place."""
+        if len(self._ready) < 2:
+            return None
+        return max(_PATIENCE, 3 * (origin.latency.quantile(0.99) or 0.0))
+
     # ── what becomes of them ──
 
     def works(self, origin: Origin, family: int, target: Hashable) -> None:
@@ -271,12 +278,22 @@ class Roster:
                 self._renew()
             elif new:  # the other one holds it up no more
                 self._renew()
-        if len(self._listed) > 1:
-            now = time.monotonic()
-            for other in self._timeouts.reached(origin, target, now):
-                # A target of the same family: who reaches it tells of no other.
-                reason = f"it reaches no {target}, and {origin.source} does"
-                self.fails(other, family, BindError(errno.ETIMEDOUT, reason))
+        self.reaches(origin, family, target)
+
+    def reaches(self, origin: Origin, family: int, target: Hashable) -> None:
+        """Blame those who have waited in vain for *target*, which *origin* has just reached.
+
+        Args:
+            origin: the source.
+            family: of the target; 0 for both.
+            target: who has answered.
+        """
+        if len(self._listed) < 2:
+            return
+        for other in self._timeouts.reached(origin, target, time.monotonic()):
+            error = BindError(errno.ETIMEDOUT, f"it reaches no {target}, and {origin.source} does")
+            for each in (family,) if family else (socket.AF_INET, socket.AF_INET6):
+                self.fails(other, each, error)
 
     def fails(self, origin: Origin, family: int, error: OSError) -> None:
         """Note that *origin* has failed for a reason of its own."""

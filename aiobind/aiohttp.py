@@ -406,7 +406,7 @@ class BoundTCPConnector(Sourced, aiohttp.TCPConnector):
         # aiohttp hands out an idle connection without a look at the limit: with one key for each host, one that is idle
         # means that one less is in use than the limit allows. With one for each source it does not.
         limit = self.limit_per_host
-        if limit and isinstance(key, _SourcedKey) and len(self._acquired_per_host.get(key, ())) >= limit:
+        if limit and isinstance(key, _SourcedKey) and len(self._acquired_per_host[cast("Any", key)]) >= limit:
             return None
         return await super()._get(cast("Any", key), traces)
 

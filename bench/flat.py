@@ -1,4 +1,4 @@
-"""Does a connect cost the same with one source and with a thousand, with ten addresses on the interface and ten thousand?
+"""Does a connect cost the same with one source and a thousand, with ten addresses on the interface and ten thousand?
 
     python bench/flat.py [--connects 300] [--uvloop]
 
@@ -89,11 +89,11 @@ async def main(lab: Lab, target: tuple[str, int], connects: int) -> None:
         for at in range(0, len(more), 1000):
             lab.near.ip(*more[at : at + 1000])
         there = count
-        for name in values:
+        for name, costs in values.items():
             source = name.replace("...", "198.18.1.2")
-            values[name].append(await cost([source], aiobind.RoundRobin(), target, connects))
-    for name, costs in values.items():
-        row(name, costs)
+            costs.append(await cost([source], aiobind.RoundRobin(), target, connects))
+    for name, each in values.items():
+        row(name, each)
 
 
 if __name__ == "__main__":
@@ -119,7 +119,7 @@ if __name__ == "__main__":
             subprocess.Popen(
                 [sys.executable, "-c", SERVER, str(server.fileno())],
                 pass_fds=[server.fileno()],
-                preexec_fn=lambda: die_with_us(1, signal.SIGKILL),
+                preexec_fn=lambda: die_with_us(1, signal.SIGKILL),  # noqa: PLW1509 - there are no threads yet
             )
             for server in (far, near)
         ]
