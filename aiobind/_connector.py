@@ -184,6 +184,8 @@ class Connector(Sourced):
         abort_on_link_down: cut the established connections whose interface goes down, or away, or loses their address:
             whoever uses one is told ECONNRESET at once. By default they are left alone: the kernel tells them nothing,
             and they go on should the interface come back in time.
+        sticky_prefix: an address of ``net!`` is kept for each destination host, as long as the connector lives, instead
+            of a fresh one for each connection.
         on_event: is called on the event loop with each ``Event``: attempts, and sources that are suspended or recover.
 
     Raises:
@@ -216,6 +218,7 @@ class Connector(Sourced):
         rate_per_source: float | None = None,
         rate_per_source_host: float | None = None,
         abort_on_link_down: bool = False,
+        sticky_prefix: bool = False,
         on_event: Callable[[Event], object] | None = None,
     ) -> None:
         self._dialer = make_dialer(
@@ -234,6 +237,7 @@ class Connector(Sourced):
             rate_per_source=rate_per_source,
             rate_per_source_host=rate_per_source_host,
             abort_on_link_down=abort_on_link_down,
+            sticky_prefix=sticky_prefix,
             on_event=on_event,
         )
         self._delay = happy_eyeballs_delay

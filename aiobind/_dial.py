@@ -159,6 +159,7 @@ class Dialer:
         lookup: Callable[[Reach], Lookup] | None = None,
         strict: bool = True,
         borrow: bool = False,
+        sticky_prefix: bool = False,
         direct: Iterable[str] = (),
         limits: Limits[Origin] | None = None,
         abort_on_link_down: bool = False,
@@ -175,7 +176,7 @@ class Dialer:
         self._direct = Exempt(direct) if direct else None
         self._system = SystemLookup(ttl)
         self._lookup: Lookup = self._system if lookup is None else lookup(self.reach)
-        self._planner = Planner(lookup=self._lookup, borrow=borrow)
+        self._planner = Planner(lookup=self._lookup, borrow=borrow, sticky_prefix=sticky_prefix)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
         self._port_count: int | None = None
@@ -245,14 +246,17 @@ class Dialer:
                     if stood:
                         sock.lost = True
                         gone.append(sock)
-                elif not self._aborts:
+                elif not sock.cut:
                     sock.lost = False
         if not gone:
             return
         # The kernel tells an established connection nothing. Those that are idle are of no use any more.
+        self._let_go(gone, cut=self._aborts)
+
+    def _let_go(self, gone: list[BoundSocket], *, cut: bool) -> None:
         if self.on_lost is not None:
-            self.on_lost(gone, self._aborts)
-        if self._aborts:
+            self.on_lost(gone, cut)
+        if cut:
             for sock in gone:
                 sock.abort()
 
@@ -269,8 +273,7 @@ class Dialer:
         origin = self.roster.remove(source)
         self.limits.forget(origin)
         if not drain:
-            for sock in origin.sockets:
-                sock.abort()
+            self._let_go(origin.sockets, cut=True)
         return origin
 
     def report(self, source: str | Source, host: str, *, ok: bool, seconds: float | None) -> None:
@@ -499,9 +502,9 @@ class Dialer:
 
     async def _plan(self, source: Source, host: str, targets: Sequence[Target]) -> Sequence[Binding | Refusal]:
         if self._direct is None:
-            return await self._planner.plan(source, targets)
+            return await self._planner.plan(source, targets, host=host)
         pinned = [target for target in targets if not self._direct.covers(host, target)]
-        decided = dict(zip(pinned, await self._planner.plan(source, pinned) if pinned else (), strict=True))
+        decided = dict(zip(pinned, await self._planner.plan(source, pinned, host=host) if pinned else (), strict=True))
         return [decided.get(target, _EXEMPT) for target in targets]
 
     async def _attempt(
@@ -695,8 +698,6 @@ def _failure(
         reason = tried[0][1].strerror or ""
     else:
         reason = "; ".join(f"{target}: {error.strerror}" for target, error in tried)
-    if isinstance(source, Prefix) and tried[0][1].errno in (errno.ENETUNREACH, errno.EADDRNOTAVAIL, errno.ETIMEDOUT):
-        reason += f" (is {source.network} routed here? ip route add local {source.network} dev lo)"
     if not_tried:
         reason = f"{reason} (not tried: {not_tried})"
     first = tried[0][1]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from ._binding import Refusal, Target, bind_any
 from ._errors import BindError, explained
 from ._interfaces import Interfaces
+from ._plan import not_routed
 from ._platform import platform
 from ._resolve import literal
 from ._sockets import open_bound
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from typing import Any
 
-    from ._binding import Binding
+    from ._binding import Binding, IPAddress
     from ._interfaces import InterfaceTable
     from ._sockets import SocketOption
     from ._sources import Source
@@ -72,16 +73,22 @@ def socket_factory(
             reason = f"the interfaces of this host cannot be read: {error.strerror}"
             raise BindError(error.errno or errno.EINVAL, reason) from error
 
+    def on_address(ip: IPAddress, target: Target, *, freebind: bool = False) -> Binding | Refusal:
+        own = table().own if ip.is_loopback and target.reach != "loopback" else ()
+        return bind_any((ip,), target, own=own, freebind=freebind)
+
     def decide(target: Target) -> Binding | Refusal:
         match parsed:
             case Interface(name, Address(ip)):
                 return table().bind(name, target, (ip,))
             case Interface(name):
                 return table().bind(name, target)
-            case Prefix() | Address():
-                ip = parsed.ip if isinstance(parsed, Address) else parsed.pick()
-                own = table().own if ip.is_loopback and target.reach != "loopback" else ()
-                return bind_any((ip,), target, own=own, freebind=isinstance(parsed, Prefix))
+            case Prefix():
+                ip = parsed.pick()
+                decision = on_address(ip, target, freebind=True)
+                return decision if isinstance(decision, Refusal) else not_routed(parsed, ip) or decision
+            case Address(ip):
+                return on_address(ip, target)
 
     def factory(addr_info: AddrInfo) -> socket.socket:
         family, kind, proto, _, sockaddr = addr_info

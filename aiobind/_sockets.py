@@ -123,8 +123,9 @@ class BoundSocket(socket.socket):
     #: the interface that it is pinned to, by its index; 0: none. And whether that, and the address, were there last.
     ifindex: int = 0
     stood: bool = False
-    #: either has gone since, so that it is not to be used again
+    #: either has gone, so that it is not to be used again for now; and it was cut
     lost: bool = False
+    cut: bool = False
     #: what the client library makes of it
     user: weakref.ref[object] | None = None
     _claim: Claim | None = None
@@ -148,6 +149,7 @@ class BoundSocket(socket.socket):
     def abort(self) -> None:
         """End the connection at once: who uses it is told ECONNRESET."""
         self.traffic()  # which is lost then
+        self.lost = self.cut = True
         platform.abort(self)
 
     def claim(self, local: IPAddress, target: Target) -> bool:

@@ -193,7 +193,7 @@ class BoundTCPConnector(Sourced, aiohttp.TCPConnector):
         rate_per_source, rate_per_source_host: as for ``aiobind.Connector``. Only new connections count.
         abort_on_link_down: cut the connections in use whose interface goes down, or away, or loses their address: the
             request fails with an ``aiohttp.ClientOSError``. Idle ones are closed in any case.
-        on_event: as for ``aiobind.Connector``.
+        sticky_prefix, on_event: as for ``aiobind.Connector``.
         happy_eyeballs_delay: RFC 8305's Connection Attempt Delay in seconds; None tries one address after the other.
         interleave: RFC 8305's First Address Family Count; default 1.
         local_ports, dns, strict, borrow, direct, fast_connect: as for ``aiobind.Connector``.
@@ -236,6 +236,7 @@ class BoundTCPConnector(Sourced, aiohttp.TCPConnector):
         rate_per_source: float | None = None,
         rate_per_source_host: float | None = None,
         abort_on_link_down: bool = False,
+        sticky_prefix: bool = False,
         on_event: Callable[[Event], object] | None = None,
         use_dns_cache: bool = True,
         ttl_dns_cache: int | None = 10,
@@ -265,6 +266,7 @@ class BoundTCPConnector(Sourced, aiohttp.TCPConnector):
             rate_per_source=rate_per_source,
             rate_per_source_host=rate_per_source_host,
             abort_on_link_down=abort_on_link_down,
+            sticky_prefix=sticky_prefix,
             on_event=on_event,
         )
         self._caches_names = use_dns_cache

@@ -621,7 +621,7 @@ def forbid_netlink(number):
 
 
 @runners
-@pytest.mark.parametrize("name", ["EPERM", "EAFNOSUPPORT", "EMFILE"])
+@pytest.mark.parametrize("name", ["EMFILE", "ENOBUFS"])  # what stands for a refusal has the interfaces polled
 def test_netlink_refused(runner: str, name: str) -> None:
     if platform.machine() not in {"x86_64", "aarch64"}:
         pytest.skip(f"the number of socket(2) on {platform.machine()} is not known here")

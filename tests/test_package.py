@@ -68,7 +68,8 @@ ConnectError(errno, strerror, *, source=None, destination=None, attempts=())
 ConnectError.attempts
 Connector(*sources, policy=None, happy_eyeballs_delay=0.25, local_ports=None, socket_options=(), dns='system', \
 strict=True, borrow=False, direct=(), fast_connect=False, ttl_dns_cache=10.0, limit_per_source=0, \
-limit_per_source_host=0, rate_per_source=None, rate_per_source_host=None, abort_on_link_down=False, on_event=None)
+limit_per_source_host=0, rate_per_source=None, rate_per_source_host=None, abort_on_link_down=False, \
+sticky_prefix=False, on_event=None)
 async Connector.aclose()
 Connector.add(source)
 async Connector.connect(host, port, *, source=None, family=0)
@@ -100,7 +101,7 @@ Policy
 Policy.order(sources, host)
 Prefix(network)
 Prefix.network
-Prefix.pick()
+Prefix.pick(seed=None)
 Random(seed=None)
 Random.order(sources, host)
 ResolveError(errno, strerror, *, source=None, destination=None)
@@ -122,6 +123,7 @@ SourceStats.ports
 SourceStats.source
 SourceStats.suspended_until
 SourceView
+SourceView.connecting
 SourceView.connections
 SourceView.failures
 SourceView.in_use
@@ -140,8 +142,8 @@ use_source(source)
     "aiobind.aiohttp": """
 BoundTCPConnector(*sources, policy=None, limit_per_source=0, happy_eyeballs_delay=0.25, interleave=None, \
 local_ports=None, socket_options=(), dns='system', strict=True, borrow=False, direct=(), fast_connect=False, \
-limit_per_source_host=0, rate_per_source=None, rate_per_source_host=None, abort_on_link_down=False, on_event=None, \
-use_dns_cache=True, ttl_dns_cache=10, resolver=None, **keywords)
+limit_per_source_host=0, rate_per_source=None, rate_per_source_host=None, abort_on_link_down=False, \
+sticky_prefix=False, on_event=None, use_dns_cache=True, ttl_dns_cache=10, resolver=None, **keywords)
 BoundTCPConnector.add(source)
 BoundTCPConnector.clear_dns_cache(host=None, port=None)
 BoundTCPConnector.close(**keywords)
@@ -203,9 +205,11 @@ replace_file(path, text)
 """,
     "aiobind.metrics": """
 Collector(connector, name='')
+Collector.add(connector, name)
 Collector.collect()
 Collector.describe()
 Instruments(meter, connector, name='')
+Instruments.add(connector, name)
 """,
 }
 

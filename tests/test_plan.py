@@ -127,16 +127,29 @@ async def test_a_name_with_several_addresses_offers_them_all(
     assert (device, owner, sorted(local), local6) == (None, None, ["198.18.0.2", "198.18.1.2"], ["2001:db8::2"])
 
 
-@pytest.mark.parametrize(
-    ("prefix", "served", "refused"), [("192.0.2.0/24", WIDE, WIDE6), ("2001:db8:7::/64", WIDE6, WIDE)]
-)
+PREFIXES = [("192.0.2.0/24", WIDE, WIDE6), ("2001:db8:7::/64", WIDE6, WIDE)]
+
+
+def route_here(lab: Lab, *prefixes: str) -> None:
+    lab.near.ip(*(f"route add local {prefix} dev lo" for prefix in prefixes))
+
+
+async def address(planner: Planner, source: Source, target: Target, **options: str) -> str:
+    (binding,) = await planner.plan(source, [target], **options)
+    assert isinstance(binding, Binding)
+    (ip,) = binding.local
+    return str(ip)
+
+
+@pytest.mark.parametrize(("prefix", "served", "refused"), PREFIXES)
 async def test_a_prefix_gives_each_target_an_address_of_its_own(
-    planner: Planner, prefix: str, served: Target, refused: Target
+    lab: Lab, planner: Planner, prefix: str, served: Target, refused: Target
 ) -> None:
+    route_here(lab, prefix)
     source = parse_source(f"net!{prefix}")
     seen = set()
     for _ in range(20):
-        bindings = await planner.plan(source, [served, served])
+        bindings = await planner.plan(source, [served, served], host="a.test")
         for binding in bindings:
             assert isinstance(binding, Binding)
             assert (binding.device, binding.freebind, binding.owner, len(binding.local)) == (None, True, None, 1)
@@ -146,6 +159,69 @@ async def test_a_prefix_gives_each_target_an_address_of_its_own(
     (decision,) = await planner.plan(source, [refused])
     assert isinstance(decision, Refusal)
     assert decision.errno == errno.EADDRNOTAVAIL
+    assert "routed" not in decision.reason  # that is not what is wrong
+
+
+@pytest.mark.parametrize(("prefix", "served", "refused"), PREFIXES)
+async def test_a_prefix_may_keep_to_one_address_for_each_host(
+    lab: Lab, prefix: str, served: Target, refused: Target
+) -> None:
+    route_here(lab, prefix)
+    source = parse_source(f"net!{prefix}")
+    planner, another = (Planner(lookup=SystemLookup(0), sticky_prefix=True) for _ in range(2))
+    hosts = [f"host{number}.test" for number in range(10)]
+    seen = {host: await address(planner, source, served, host=host) for host in hosts}
+    assert len(set(seen.values())) > 5
+    for host in hosts:
+        for spelling in (host, host.upper(), f"{host}."):
+            assert await address(planner, source, served, host=spelling) == seen[host]
+    both = await planner.plan(source, [served, served._replace(port=80)], host=hosts[0])
+    assert [[str(ip) for ip in binding.local] for binding in both if isinstance(binding, Binding)] == [
+        [seen[hosts[0]]]
+    ] * 2
+    # Nobody who knows the hosts can compute them.
+    assert [await address(another, source, served, host=host) for host in hosts] != list(seen.values())
+
+
+async def test_without_a_host_each_target_is_one(lab: Lab) -> None:
+    route_here(lab, "2001:db8:7::/64")
+    source, planner = parse_source("net!2001:db8:7::/64"), Planner(lookup=SystemLookup(0), sticky_prefix=True)
+    one, other = WIDE6, to("2001:db8:ffff::81")
+    seen = await address(planner, source, one)
+    assert await address(planner, source, one) == await address(planner, source, one, host=one.host) == seen
+    assert await address(planner, source, other) != seen
+
+
+@pytest.mark.parametrize(("prefix", "served", "refused"), PREFIXES)
+async def test_a_prefix_that_is_not_routed_here(
+    lab: Lab, planner: Planner, prefix: str, served: Target, refused: Target
+) -> None:
+    """Its connections would hang."""
+    source = parse_source(f"net!{prefix}")
+    command = f"ip route add local {prefix} dev lo"
+    (decision,) = await planner.plan(source, [served])
+    reason = f"{prefix} is not routed to this host, so no answer would arrive: {command}"
+    assert decision == Refusal(errno.EADDRNOTAVAIL, reason)
+    lab.near.ip(command.removeprefix("ip "))  # as it says
+    assert isinstance((await planner.plan(source, [served]))[0], Binding)
+
+
+async def test_a_part_of_a_prefix_is_routed_here(lab: Lab, planner: Planner) -> None:
+    """What counts is the address that was picked."""
+    route_here(lab, "192.0.2.0/25")
+    source = parse_source("net!192.0.2.0/24")
+    decisions = await planner.plan(source, [WIDE] * 50)
+    picked = [decision.local[0] for decision in decisions if isinstance(decision, Binding)]
+    assert 0 < len(picked) < 50
+    assert all(ip in ip_network("192.0.2.0/25") for ip in picked)
+
+
+async def test_where_nobody_can_tell_the_route_a_prefix_is_tried(
+    lab: Lab, planner: Planner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(platform), "routed_here", lambda *_: None)
+    (decision,) = await planner.plan(parse_source("net!192.0.2.0/24"), [WIDE])
+    assert isinstance(decision, Binding)
 
 
 async def test_a_prefix_of_loopback_reaches_this_host(lab: Lab, planner: Planner) -> None:
@@ -220,6 +296,7 @@ async def test_a_name_with_a_zone(lab: Lab) -> None:
 async def test_whose_name_is_asked_for_through_what(
     lab: Lab, source: str | None, asked: list[tuple[str, Source | None, int, int]]
 ) -> None:
+    route_here(lab, "198.18.1.0/24")
     lab.near.ip("link property add dev n1 altname wan")
     lookup = Fixed(Resolved(ip_address("198.18.1.2"), 0))
     planner = Planner(lookup=lookup)
@@ -264,8 +341,9 @@ async def test_interfaces_that_cannot_be_read(planner: Planner, monkeypatch: pyt
 
 @pytest.mark.parametrize("source", ["198.18.1.2", "net!192.0.2.0/24", "host!v4.test", None])
 async def test_other_sources_ask_for_no_interfaces(
-    resolv_conf: Callable[..., None], planner: Planner, monkeypatch: pytest.MonkeyPatch, source: str | None
+    lab: Lab, resolv_conf: Callable[..., None], planner: Planner, monkeypatch: pytest.MonkeyPatch, source: str | None
 ) -> None:
+    route_here(lab, "192.0.2.0/24")
     resolv_conf("", hosts="198.18.2.2 v4.test\n")
     monkeypatch.delattr(type(platform), "feed")
     assert await plan(planner, source, WIDE) != [UNAVAILABLE]
@@ -396,6 +474,7 @@ async def test_a_borrowed_address_is_nothing_to_the_guard(lab: Lab, borrower: Pl
 
 
 async def test_an_attempt_without_an_interface_is_not_guarded(lab: Lab, planner: Planner) -> None:
+    route_here(lab, "192.0.2.0/24")
     binding = await decided(planner, "if!n1")
     with open_bound(Binding(), WIDE) as sock:
         assert planner.guard(sock, await decided(planner, "net!192.0.2.0/24"), WIDE) is None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import fcntl
 import gc
 import os
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import trustme
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -264,15 +267,317 @@ def test_outside_of_the_automatic_range_the_system_keeps_to_nothing(
             sock.connect(server.getsockname())
 
 
+@pytest.mark.parametrize(
+    ("automatic", "reserved", "count"),
+    [
+        ("32768 60999", "", 28232),
+        ("5001 5999", "", 999),
+        ("5001 5001", "", 1),
+        ("5001 5999", "5100", 998),
+        ("5001 5999", "80,4990-5010,5100-5104,5995-6010,8080", 999 - 10 - 5 - 5),
+        ("5001 5999", "5001-5999", 0),
+        ("5001 5999", "4000-7000", 0),
+    ],
+)
+def test_how_many_ports_there_are(lab: Lab, automatic: str, reserved: str, count: int) -> None:
+    lab.near.sysctl("ipv4.ip_local_port_range", automatic)
+    lab.near.sysctl("ipv4.ip_local_reserved_ports", reserved)
+    assert Linux().port_count() == count
+
+
+def test_so_many_connections_are_made_and_no_more(lab: Lab, new_socket: Callable[..., socket.socket]) -> None:
+    linux = Linux()
+    lab.near.sysctl("ipv4.ip_local_port_range", "5001 5010")
+    lab.near.sysctl("ipv4.ip_local_reserved_ports", "5003-5004,5010")
+    with socket.create_server(("127.0.0.1", 7001), backlog=50) as server:
+        for _ in range(linux.port_count()):
+            sock = new_socket()
+            linux.prepare(sock)
+            linux.bind(sock, LOOPBACK[4], None)
+            sock.connect(server.getsockname())
+        sock = new_socket()
+        linux.prepare(sock)
+        linux.bind(sock, LOOPBACK[4], None)
+        with raises(errno.EADDRNOTAVAIL):
+            sock.connect(server.getsockname())
+
+
 @pytest.mark.parametrize("text", [None, "", "none\n", "5001\n", "5001 5999 7\n"])
-def test_a_range_that_cannot_be_read_is_not_kept_to(monkeypatch: pytest.MonkeyPatch, text: str | None) -> None:
+def test_a_range_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch, text: str | None) -> None:
     def read(name: str) -> str:
         if text is None:
             raise FileNotFoundError(errno.ENOENT, name)
         return text
 
     monkeypatch.setattr(linux_module, "_procfs", read)
-    assert not Linux().keeps_to(range(5100, 5104))
+    assert not Linux().keeps_to(range(5100, 5104))  # it is not kept to
+    assert Linux().port_count() == 28232  # the default
+
+
+# --- the end of a connection, and what it has carried -------------------------------------------------------
+
+
+@contextlib.contextmanager
+def connected(version: int = 4) -> Iterator[tuple[socket.socket, socket.socket]]:
+    """A connection, from both ends."""
+    with socket.create_server((str(LOOPBACK[version]), 0), family=FAMILY[version]) as server:
+        near = socket.create_connection(server.getsockname()[:2])
+        far, _ = server.accept()
+    with near, far:
+        far.settimeout(5)
+        near.settimeout(5)
+        yield near, far
+
+
+def reset(sock: socket.socket) -> None:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
+def settled(sock: socket.socket, expected: tuple[int, int, bool]) -> tuple[int, int, bool] | None:
+    """Return the traffic of *sock*, once the kernel has taken in what is under way."""
+    deadline = time.monotonic() + 5
+    while (found := LINUX.traffic(sock)) != expected and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return found
+
+
+@families
+@pytest.mark.parametrize("waiting", [b"", b"what had come before"])
+def test_an_abort_is_a_reset_to_both_ends(version: int, waiting: bytes) -> None:
+    with connected(version) as (near, far):
+        far.sendall(waiting)
+        LINUX.abort(near)
+        for end in (near, far):
+            with raises(errno.ECONNRESET):
+                end.recv(100)
+    with connected(version) as (near, far):
+        LINUX.abort(near)
+        with raises(errno.ECONNRESET):
+            near.send(b"x")
+
+
+def test_an_abort_of_what_has_ended() -> None:
+    with connected() as (near, far):
+        far.shutdown(socket.SHUT_WR)
+        assert near.recv(100) == b""
+        LINUX.abort(near)
+        with raises(errno.ECONNRESET):
+            near.recv(100)
+        LINUX.abort(near)
+    LINUX.abort(near)  # it is closed
+
+
+def test_an_abort_where_connect_is_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing:
+        def connect(self, *_: object) -> int:
+            return -1
+
+    monkeypatch.setattr(linux_module, "libc", Refusing)
+    with connected() as (near, far):
+        LINUX.abort(near)
+        assert (near.recv(100), far.recv(100)) == (b"", b"")
+
+
+class Meeting(asyncio.Protocol):
+    """Notes what its transport says."""
+
+    def __init__(self) -> None:
+        self.received = b""
+        self.began, self.ended = asyncio.Event(), asyncio.Event()
+        self.eof, self.error = False, None
+
+    def data_received(self, data: bytes) -> None:
+        self.received += data
+        self.began.set()
+
+    def eof_received(self) -> None:
+        self.eof = True
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.error = error
+        self.ended.set()
+
+
+@pytest.fixture(scope="module")
+def tls() -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    authority = trustme.CA()
+    ours, theirs = ssl.create_default_context(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.configure_trust(ours)
+    authority.issue_cert("127.0.0.1").configure_cert(theirs)
+    return ours, theirs
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("secure", [False, True], ids=["TCP", "TLS"])
+@pytest.mark.parametrize("doing", ["transport", "reading", "writing", "paused"])
+async def test_an_aborted_transport_tells_of_a_reset(
+    tls: tuple[ssl.SSLContext, ssl.SSLContext], doing: str, *, secure: bool
+) -> None:
+    """An end of the stream would be a lie: it is how many a body ends."""
+    loop, open_there = asyncio.get_running_loop(), []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        open_there.append(writer)
+        writer.write(b"begun")
+
+    ours, theirs = tls if secure else (None, None)
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=theirs)
+    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM | LINUX.socket_flags)
+    await loop.sock_connect(sock, server.sockets[0].getsockname())
+    options: dict[str, Any] = {"sock": sock, "ssl": ours, "server_hostname": "127.0.0.1" if secure else None}
+    try:
+        async with asyncio.timeout(10):
+            if doing in {"transport", "paused"}:
+                transport, meeting = await loop.create_connection(Meeting, **options)
+                await meeting.began.wait()
+                if doing == "paused":
+                    transport.pause_reading()
+                LINUX.abort(sock)
+                if doing == "paused":
+                    transport.resume_reading()
+                await meeting.ended.wait()
+                assert (meeting.received, meeting.eof) == (b"begun", False)
+                assert isinstance(meeting.error, ConnectionResetError)
+                assert meeting.error.errno == errno.ECONNRESET
+            else:
+                reader, writer = await asyncio.open_connection(**options)
+                open_there.append(writer)
+                assert await reader.readexactly(5) == b"begun"
+                if doing == "writing":
+                    writer.write(bytes(1 << 24))  # nobody reads it
+                loop.call_later(0.01, LINUX.abort, sock)
+                with raises(errno.ECONNRESET):
+                    await reader.read(100)
+                with pytest.raises(ConnectionResetError):
+                    await writer.drain()
+    finally:
+        for writer in open_there:
+            writer.transport.abort()
+        server.close()
+
+
+@families
+def test_what_a_connection_has_carried(version: int) -> None:
+    with connected(version) as (near, far):
+        assert LINUX.traffic(near) == (0, 0, True)
+        near.sendall(b"x" * 1000)
+        far.sendall(b"y" * 77)
+        assert settled(near, (1000, 77, True)) == (1000, 77, True)
+        assert (len(near.recv(100)), len(far.recv(2000))) == (77, 1000)
+        assert LINUX.traffic(near) == (1000, 77, True)
+
+
+def peer_closes_first(near: socket.socket, far: socket.socket) -> None:
+    far.shutdown(socket.SHUT_WR)
+
+
+def we_close_first(near: socket.socket, far: socket.socket) -> None:
+    near.shutdown(socket.SHUT_WR)
+
+
+def the_peer_resets(near: socket.socket, far: socket.socket) -> None:
+    reset(far)
+
+
+def we_then_the_peer(near: socket.socket, far: socket.socket) -> None:
+    near.shutdown(socket.SHUT_WR)
+    assert far.recv(1) == b""
+    far.close()
+
+
+def the_peer_then_we(near: socket.socket, far: socket.socket) -> None:
+    far.shutdown(socket.SHUT_WR)
+    assert near.recv(1) == b""
+    near.shutdown(socket.SHUT_WR)
+
+
+@pytest.mark.parametrize(
+    ("end", "lingers"),
+    [
+        (peer_closes_first, False),
+        (we_close_first, True),
+        (the_peer_resets, False),
+        (we_then_the_peer, False),  # it is there already, and no longer this socket's
+        (the_peer_then_we, False),
+    ],
+)
+def test_no_end_of_a_connection_counts_as_payload(
+    end: Callable[[socket.socket, socket.socket], None], *, lingers: bool
+) -> None:
+    with connected() as (near, far):
+        near.sendall(b"x" * 1000)
+        far.sendall(b"y" * 77)
+        assert (len(far.recv(2000)), len(near.recv(100))) == (1000, 77)
+        assert settled(near, (1000, 77, True)) == (1000, 77, True)
+        end(near, far)
+        assert settled(near, (1000, 77, lingers)) == (1000, 77, lingers)
+        time.sleep(0.01)
+        assert LINUX.traffic(near) == (1000, 77, lingers)
+
+
+@pytest.mark.parametrize("first", ["near", "far"])
+def test_who_closes_first_has_the_port_in_time_wait(lab: Lab, first: str) -> None:
+    """Held against the kernel's own list."""
+    with connected() as (near, far):
+        port = near.getsockname()[1]
+        if first == "far":
+            far.close()
+            assert near.recv(1) == b""
+        else:
+            near.sendall(b"x")
+        found = LINUX.traffic(near)
+        assert found is not None
+        assert found[2] == (first == "near")
+        near.close()
+        if first == "near":
+            assert far.recv(10) == b"x"
+            assert far.recv(10) == b""
+        far.close()
+        ends = [line.split()[1:4:2] for line in Path("/proc/thread-self/net/tcp").read_text().splitlines()[1:]]
+        assert ([local.endswith(f":{port:04X}") for local, state in ends if state == "06"] == [True]) == found[2]
+
+
+def test_what_is_not_acknowledged_does_not_count(lab: Lab) -> None:
+    with lab.far:
+        server = socket.create_server((lab.target_v4, 80))
+    with server, socket.create_connection((lab.target_v4, 80)) as near:
+        far, _ = server.accept()
+        with far:
+            near.sendall(b"x" * 1000)
+            assert settled(near, (1000, 0, True)) == (1000, 0, True)
+            lab.far.ip("link set f0 down")
+            near.sendall(b"x" * 500)
+            time.sleep(0.5)  # it is sent again meanwhile
+            assert LINUX.traffic(near) == (1000, 0, True)
+
+
+class Answering(socket.socket):
+    """A socket whose kernel answers as one of another version."""
+
+    length: int
+
+    def getsockopt(self, level: int, option: int, length: int = 0) -> Any:
+        return super().getsockopt(level, option, min(length, self.length))
+
+
+@pytest.mark.parametrize(("length", "expected"), [(104, None), (136, (1000, 0, True)), (192, (1000, 0, True))])
+def test_an_old_kernel_tells_less_of_the_traffic(length: int, expected: tuple[int, int, bool] | None) -> None:
+    with connected() as (near, _):
+        near.sendall(b"x" * 1000)
+        assert settled(near, (1000, 0, True)) == (1000, 0, True)
+        old = Answering(fileno=near.detach())
+        old.length = length
+        with old:
+            assert LINUX.traffic(old) == expected
+
+
+def test_nobody_can_tell_the_traffic_of_what_is_no_connection(new_socket: Callable[..., socket.socket]) -> None:
+    assert LINUX.traffic(new_socket(socket.AF_INET, socket.SOCK_DGRAM)) is None
+    sock = new_socket()
+    assert LINUX.traffic(sock) == (0, 0, False)
+    sock.close()
+    assert LINUX.traffic(sock) is None
 
 
 @families
@@ -860,6 +1165,84 @@ def test_the_longest_nonsense_is_quickly_done() -> None:
     assert time.perf_counter() - start < 2
 
 
+# --- what arrives here --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ip", "here"),
+    [
+        ("127.0.0.1", True),
+        ("127.9.9.9", True),
+        ("::1", True),
+        ("198.18.1.2", True),
+        ("2001:db8:1::2", True),
+        ("198.18.1.1", False),
+        ("2001:db8:1::1", False),
+        ("198.18.1.99", False),  # on the link
+        ("203.0.113.80", False),
+        ("192.0.2.9", True),
+        ("192.0.3.9", False),
+        ("2001:db8:7::9", True),
+        ("2001:db8:7:1::9", False),
+        ("2001:db8:7::", True),
+        ("198.51.100.9", False),  # a black hole
+        ("2001:db8:dead::9", False),
+    ],
+)
+def test_what_is_routed_here(lab: Lab, no_capabilities: None, ip: str, *, here: bool) -> None:
+    routes = ["local 192.0.2.0/24 dev lo", "local 2001:db8:7::/64 dev lo"]
+    routes += ["blackhole 198.51.100.0/24", "unreachable 2001:db8:dead::/48"]
+    with_capabilities(lab, *(f"route add {route}" for route in routes))
+    assert LINUX.routed_here(ip_address(ip)) is here
+
+
+def with_capabilities(lab: Lab, *commands: str) -> None:
+    lab.near.ip(*commands)  # the children of root have them all
+
+
+@families
+def test_without_any_route_nothing_is_routed_here(make_lab: Callable[[int], Lab], version: int) -> None:
+    make_lab(0)
+    assert LINUX.routed_here(NOWHERE[version]) is False
+
+
+@families
+@pytest.mark.parametrize(
+    ("table", "rule", "here"),
+    [
+        (1000, "", False),  # no rule leads there
+        (1000, "fwmark 7 lookup 1000", None),
+        (1000, "iif n1 lookup 1000", None),
+        (1000, "fwmark 7 lookup 1001", False),
+        (7, "fwmark 7 lookup 7", None),
+        (254, "", True),
+    ],
+)
+def test_nobody_can_tell_by_which_rule_packets_arrive(
+    lab: Lab, version: int, table: int, rule: str, here: bool | None
+) -> None:
+    prefix, host, other = {
+        4: ("192.0.2.0/24", "192.0.2.9", "192.0.3.9"),
+        6: ("2001:db8:7::/64", "2001:db8:7::9", "2001:db8:7:1::9"),
+    }[version]
+    lab.near.ip(f"route add local {prefix} dev lo table {table}")
+    if rule:
+        with lab.near:
+            subprocess.run(["ip", f"-{version}", "rule", "add", *rule.split()], check=True)
+    assert LINUX.routed_here(ip_address(host)) is here
+    assert LINUX.routed_here(ip_address(other)) is False
+
+
+def test_a_host_with_many_addresses_is_asked_as_quickly(lab: Lab) -> None:
+    """Without RTM_F_FIB_MATCH the kernel went through them all: 4 ms each."""
+    lab.near.ip(*(f"addr add 2001:db8:1::{number:x}/128 dev n1 nodad" for number in range(0x1000, 0x2000)))
+    ip = ip_address("2001:db8:1::1777")
+    started = time.process_time()
+    for _ in range(200):
+        assert LINUX.routed_here(ip) is True
+    assert time.process_time() - started < 0.1  # 0.004; and 0.3 without
+
+
 # --- other systems ------------------------------------------------------------------------------------------
 
 
@@ -892,8 +1275,21 @@ def test_the_fallback_pretends_nothing(new_socket: Callable[..., socket.socket])
     with raises(errno.EOPNOTSUPP, f"looking up the addresses of an interface {text}"):
         fallback.feed()
     assert not fallback.keeps_to(range(40000, 40100))
+    assert fallback.routed_here(LOOPBACK[4]) is None
+    assert fallback.port_count() == 16384
     fallback.limit(sock, range(40000, 40100))
     assert (pinned_to(sock), sock.getsockname()) == (b"", ("0.0.0.0", 0))
+
+
+def test_the_fallback_ends_a_connection() -> None:
+    fallback = Fallback("beos")
+    with connected() as (near, far):
+        assert fallback.traffic(near) is None
+        fallback.abort(near)
+        assert (near.recv(100), far.recv(100)) == (b"", b"")
+        far.close()
+        fallback.abort(near)
+    fallback.abort(near)
 
 
 def test_this_platform_is_chosen() -> None:

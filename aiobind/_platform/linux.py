@@ -5,15 +5,15 @@ Man pages: socket(7) SO_BINDTODEVICE, ip(7), ipv6(7), netlink(7), rtnetlink(7).
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import functools
+import logging
 import os
 import socket
 import struct
 import sys
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
 from ipaddress import IPv4Address, IPv6Address
 from typing import TYPE_CHECKING
 
@@ -22,11 +22,13 @@ from aiobind._binding import LinkAddress
 from .base import AddressGone, AddressSeen, LinkGone, LinkSeen, ListEnd, sockaddr
 
 if TYPE_CHECKING:
+    import ctypes
     from collections.abc import Iterator
 
     from aiobind._binding import IPAddress
 
     from .base import Record
+    from .polled import Polled
 
 __all__ = ["Linux"]
 
@@ -38,7 +40,7 @@ IP_BIND_ADDRESS_NO_PORT = 24  # Linux 4.2
 IP_LOCAL_PORT_RANGE = 51  # Linux 6.3
 _SIOCOUTQ, _SIOCGIFCONF = 0x5411, 0x8912
 _IFCONF = struct.Struct("@iP")  # struct ifconf of linux/if.h
-# struct tcp_info of linux/tcp.h: tcpi_segs_out; and tcpi_state, _bytes_acked, _bytes_received, _bytes_sent, _bytes_retrans
+# struct tcp_info of linux/tcp.h: tcpi_segs_out; and tcpi_state, tcpi_bytes_acked, _received, _sent and _retrans
 _SEGS_OUT = struct.Struct("=136xI")
 _TRAFFIC, _TRAFFIC_OLD = struct.Struct("=B119xQQ64xQQ"), struct.Struct("=B119xQQ")  # Linux 4.19, 4.1
 _ESTABLISHED, _FIN_WAIT1, _FIN_WAIT2, _TIME_WAIT, _CLOSE, _CLOSE_WAIT, _LAST_ACK, _CLOSING = 1, 4, 5, 6, 7, 8, 9, 11
@@ -51,6 +53,11 @@ _PEER_CLOSED = (_CLOSE_WAIT, _LAST_ACK, _CLOSING, _TIME_WAIT)
 _ALL_PORTS = range(1, 65536)
 
 
+#: How a system says that netlink is not for this process.
+_REFUSED = (errno.EPERM, errno.EACCES, errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT)
+_log = logging.getLogger("aiobind")
+
+
 class Linux:
     """The pins of Linux."""
 
@@ -59,6 +66,7 @@ class Linux:
 
     def __init__(self) -> None:
         self._has_port_range = True
+        self._netlink_is_missed = False
 
     def pin(self, sock: socket.socket, device: str) -> None:
         """Set SO_BINDTODEVICE, which needs no privilege on a socket that has none yet (since Linux 5.7).
@@ -91,9 +99,28 @@ class Linux:
                     raise
         sock.bind(sockaddr(ip, port or 0))
 
-    def feed(self) -> Netlink:
-        """Open a netlink socket for links and addresses; needs no privilege."""
-        return Netlink()
+    def feed(self) -> Netlink | Polled:
+        """Open a netlink socket for links and addresses, which needs no privilege, or look each second.
+
+        Some sandboxes refuse netlink sockets, gVisor to subscribe, Android to ask.
+        """
+        with ExitStack() as opened:
+            try:
+                feed = opened.enter_context(closing(Netlink()))
+                _ask(_RTM_GETLINK, _LINK.pack(socket.AF_UNSPEC, 0, 1, 0, 0))
+            except OSError as error:
+                if error.errno not in _REFUSED:
+                    raise
+                refusal = error.strerror
+            else:
+                opened.pop_all()
+                return feed
+        if not self._netlink_is_missed:
+            self._netlink_is_missed = True
+            _log.warning("netlink is refused here (%s): the interfaces are looked at once a second instead", refusal)
+        from .polled import Polled  # noqa: PLC0415 - seldom needed
+
+        return Polled()
 
     def prepare(self, sock: socket.socket) -> None:
         """Let connect(2) take any ephemeral port (IP_LOCAL_PORT_RANGE), at a cost that does not grow with their use."""
@@ -131,27 +158,10 @@ class Linux:
 
     def silent_hop(self, ifindex: int, target: str, source: str) -> str | None:
         """Ask for the route, and for the state of the neighbour that it names (rtnetlink(7))."""
-        family = socket.AF_INET6 if ":" in target else socket.AF_INET
-        host, here = socket.inet_pton(family, target), socket.inet_pton(family, source)
-        # By the source there may be a rule. But then the interface is no more than a wish to the routes of IPv6
-        # (ip6_route_output_flags takes it for a condition only where no source is given).
-        for bits in (len(host) * 8, 0):
-            question = _ROUTE.pack(family, len(host) * 8, bits, 0, 0, 0, 0, 0, 0) + _attribute(_RTA_DST, host)
-            question += _attribute(_RTA_SRC, here) if bits else b""
-            answer = _ask(_RTM_GETROUTE, question + _attribute(_RTA_OIF, _U32.pack(ifindex)))
-            route = dict(_attributes(answer[_ROUTE.size :])) if answer else {}
-            if route.get(_RTA_OIF) == _U32.pack(ifindex):
-                break
-        else:
+        try:
+            return _silent_hop(ifindex, target, source)
+        except OSError:  # no netlink here
             return None
-        hop = route.get(_RTA_GATEWAY, host)
-        if len(hop) != len(host):
-            return None
-        neighbour = _ask(_RTM_GETNEIGH, _NEIGHBOUR.pack(family, ifindex, 0, 0, 0) + _attribute(_NDA_DST, hop))
-        if neighbour is None or len(neighbour) < _NEIGHBOUR.size:
-            return None
-        state = _NEIGHBOUR.unpack_from(neighbour)[2]
-        return socket.inet_ntop(family, hop) if state & (_NUD_INCOMPLETE | _NUD_FAILED) else None
 
     def abort(self, sock: socket.socket) -> None:
         """Connect it to nowhere (AF_UNSPEC): ``tcp_disconnect`` of Linux sends RST, sets ECONNRESET and wakes all.
@@ -160,16 +170,17 @@ class Linux:
         show them the end of the stream instead, which is how many a body ends: a lie. Takes 6 µs.
         """
         nowhere = bytes(16)  # struct sockaddr, sa_family AF_UNSPEC, which Python's connect cannot say
-        if _libc().connect(sock.fileno(), nowhere, len(nowhere)):
+        if libc().connect(sock.fileno(), nowhere, len(nowhere)):
             with suppress(OSError):  # it is closed, or a sandbox forbids to connect
                 sock.shutdown(socket.SHUT_RDWR)
 
     def traffic(self, sock: socket.socket) -> tuple[int, int, bool] | None:
         """Ask TCP_INFO (tcp(7)) of an outgoing connection once: 1 µs.
 
-        tcpi_bytes_acked counts the SYN (not that of one that was accepted) and the FIN, and tcpi_bytes_sent less tcpi_bytes_retrans what has been sent
-        into the void as well: the lesser of the two is exact. tcpi_bytes_received counts the FIN. All measured on
-        Linux 6.18. A close with bytes unread, or SO_LINGER of 0, sends RST, and leaves no TIME_WAIT whatever is said.
+        tcpi_bytes_acked counts the SYN (not that of one that was accepted) and the FIN, and tcpi_bytes_sent less
+        tcpi_bytes_retrans what was sent into the void as well: the lesser of the two is exact. tcpi_bytes_received
+        counts the FIN. All measured on Linux 6.18. A close with bytes unread, or SO_LINGER of 0, sends RST, and leaves
+        no TIME_WAIT whatever is said.
         """
         try:
             info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TRAFFIC.size)
@@ -196,8 +207,8 @@ class Linux:
         family, host = socket.AF_INET if ip.version == 4 else socket.AF_INET6, ip.packed
         bits = len(host) * 8
         try:
-            # Without this flag the kernel names its source address as well, for which it looks through all that the host
-            # has: 4 ms where it has 10,000 of IPv6.
+            # Without this flag the kernel names its source address as well, for which it looks through all that the
+            # host has: 4 ms where it has 10,000 of IPv6.
             question = _ROUTE.pack(family, bits, 0, 0, 0, 0, 0, 0, _RTM_F_FIB_MATCH)
             answer = _ask(_RTM_GETROUTE, question + _attribute(_RTA_DST, host))
             if answer is not None and len(answer) >= _ROUTE.size and _ROUTE.unpack_from(answer)[7] == _RTN_LOCAL:
@@ -234,9 +245,9 @@ class Linux:
         )
 
     def port_count(self) -> int:
-        """Return the size of the automatic range less the reserved ports (ip-sysctl); 28232, the default, if unreadable.
+        """Return the size of the automatic range less the reserved ports (ip-sysctl).
 
-        Reads two files of procfs, which never wait.
+        Reads two files of procfs, which never wait; if they cannot be read, it is the default, 28232.
         """
         try:
             automatic, reserved = _automatic_ports()
@@ -248,7 +259,10 @@ class Linux:
 
 
 @functools.cache
-def _libc() -> ctypes.CDLL:
+def libc() -> ctypes.CDLL:
+    """Return the C library, for calls that Python has no name for."""
+    import ctypes  # noqa: PLC0415 - 4 ms that few need
+
     return ctypes.CDLL(None, use_errno=True)
 
 
@@ -464,6 +478,30 @@ def _ask(kind: int, body: bytes) -> bytes | None:
     return None
 
 
+def _silent_hop(ifindex: int, target: str, source: str) -> str | None:
+    family = socket.AF_INET6 if ":" in target else socket.AF_INET
+    host, here = socket.inet_pton(family, target), socket.inet_pton(family, source)
+    # By the source there may be a rule. But then the interface is no more than a wish to the routes of IPv6
+    # (ip6_route_output_flags takes it for a condition only where no source is given).
+    for bits in (len(host) * 8, 0):
+        question = _ROUTE.pack(family, len(host) * 8, bits, 0, 0, 0, 0, 0, 0) + _attribute(_RTA_DST, host)
+        question += _attribute(_RTA_SRC, here) if bits else b""
+        answer = _ask(_RTM_GETROUTE, question + _attribute(_RTA_OIF, _U32.pack(ifindex)))
+        route = dict(_attributes(answer[_ROUTE.size :])) if answer else {}
+        if route.get(_RTA_OIF) == _U32.pack(ifindex):
+            break
+    else:
+        return None
+    hop = route.get(_RTA_GATEWAY, host)
+    if len(hop) != len(host):
+        return None
+    neighbour = _ask(_RTM_GETNEIGH, _NEIGHBOUR.pack(family, ifindex, 0, 0, 0) + _attribute(_NDA_DST, hop))
+    if neighbour is None or len(neighbour) < _NEIGHBOUR.size:
+        return None
+    state = _NEIGHBOUR.unpack_from(neighbour)[2]
+    return socket.inet_ntop(family, hop) if state & (_NUD_INCOMPLETE | _NUD_FAILED) else None
+
+
 def _list(kind: int, body: bytes) -> Iterator[bytes]:
     """Yield what the kernel lists of what *body* names, and of nothing else.
 
@@ -547,8 +585,13 @@ def _address(kind: int, body: bytes) -> AddressSeen | AddressGone | None:
     wide = attributes.get(_IFA_FLAGS, b"")
     if len(wide) == 4:
         flags = _U32.unpack(wide)[0]
+    return AddressSeen(index, link_address(ip, scope, flags), entry)
+
+
+def link_address(ip: IPAddress, scope: int, flags: int) -> LinkAddress:
+    """Return what the flags of if_addr.h say of an address."""
     # RFC 4429: an optimistic address may be used while it is still being checked, as the last choice, like a
     # deprecated one (measured: the kernel takes another interface's instead); a failed one may not.
     tentative = flags & _IFA_F_DADFAILED or (flags & _IFA_F_TENTATIVE and not flags & _IFA_F_OPTIMISTIC)
     deprecated = flags & (_IFA_F_DEPRECATED | _IFA_F_OPTIMISTIC)
-    return AddressSeen(index, LinkAddress(ip, scope, bool(tentative), bool(deprecated)), entry)
+    return LinkAddress(ip, scope, bool(tentative), bool(deprecated))
