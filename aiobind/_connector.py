@@ -387,6 +387,7 @@ class Connector(Sourced):
         dialer.enter()
         _check(host, port)
         failures: list[AiobindError] = []
+        held_back: list[AiobindError] = []
         route = dialer.route(host, port, source)
         try:
             while (turn := await route.next()) is not None:
@@ -399,7 +400,7 @@ class Connector(Sourced):
                     sock = await dialer.dial(turn, host, targets, delay=delay)
                 except AiobindError as error:
                     route.leave(turn)
-                    failures.append(error)
+                    (held_back if turn.held_back else failures).append(error)
                     if not is_sources_fault(error):
                         break
                 except BaseException:
@@ -410,12 +411,12 @@ class Connector(Sourced):
                     return sock
         finally:
             route.close()
-        if not failures:
+        if not (failures or held_back):
             raise RuntimeError(f"the policy named no source for {host}")
         try:
-            raise merged(failures)
+            raise merged(failures or held_back)
         finally:
-            del failures  # which hold this very frame
+            del failures, held_back  # which hold this very frame
 
 
 def _check(host: str, port: int) -> None:
@@ -442,4 +443,5 @@ async def connect(host: str, port: int, *, source: str | Source, family: int = 0
         **options: the keywords of ``Connector``.
     """
     async with Connector(source, **options) as connector:
+        connector._dialer.listens = False  # noqa: SLF001 # pyright: ignore[reportPrivateUsage] - it is gone in a moment
         return await connector.connect(host, port, family=family)

@@ -181,6 +181,8 @@ class Dialer:
         self._closed = False
         self._port_count: int | None = None
         self._aborts = abort_on_link_down
+        #: whether anybody is going to be there to hear of the interfaces, which costs 0.3 ms once
+        self.listens = True
         #: is told which sockets' interface or address has gone, and whether they are going to be cut
         self.on_lost: Callable[[list[BoundSocket], bool], object] | None = None
         #: whether any such socket is left, which may stand again
@@ -205,8 +207,7 @@ class Dialer:
         return loop
 
     def _listen(self) -> None:
-        # One source without a pool or a wish has nobody who would do anything about it.
-        if self.on_lost is not None or self._aborts or len(self.roster.listed) > 1:
+        if self.listens:
             self._planner.listen(self)
 
     def close(self) -> None:

@@ -169,9 +169,10 @@ class BoundSocket(socket.socket):
 
     def detach(self) -> int:
         """Give the descriptor away; the connection counts as ended, for nobody can tell any more when it does."""
-        last = self._last()
+        unsent, traffic = self._last()
         descriptor = super().detach()
-        self._end(descriptor, *last)
+        # Where uvloop has closed it already and nobody has asked before: this end has most likely closed first.
+        self._end(descriptor, unsent, traffic or (0, 0, True))
         return descriptor
 
     def __del__(self) -> None:

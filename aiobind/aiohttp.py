@@ -347,51 +347,54 @@ class BoundTCPConnector(Sourced, aiohttp.TCPConnector):
         """Get a connection for *req*, from the pool or a new one, from the source that is its turn."""
         if self._loop is not asyncio.get_running_loop():
             raise RuntimeError("this connector belongs to another event loop: make one for each loop")
-        failures: list[AiobindError] = []
-        error: aiohttp.ClientConnectorError | None = None
+        failures: list[aiohttp.ClientConnectorError] = []
+        held_back: list[aiohttp.ClientConnectorError] = []
         url, proxy = req.url, req.proxy
         towards = None if proxy is None else destination_of(proxy.raw_host or "", proxy.port or 0)
         route = self._dialer.route(url.raw_host or "", url.port or 0, towards=towards)
         try:
             while (turn := await self._next(route, timeout)) is not None:
                 try:
-                    connection = await super().connect(
-                        cast("ClientRequest", _SourcedRequest(req, turn)), traces, timeout
-                    )
-                except aiohttp.ClientConnectorError as this:
-                    route.leave(turn)
+                    return await self._connect_from(turn, route, req, traces, timeout)
+                except aiohttp.ClientConnectorError as error:
                     # ClientConnectorCertificateError had no os_error in aiohttp 3.12.
-                    if not isinstance(getattr(this, "os_error", None), AiobindError):
+                    if not isinstance(getattr(error, "os_error", None), AiobindError):
                         raise
-                    error = this
-                    failures.append(cast("AiobindError", this.os_error))
-                    if not is_sources_fault(failures[-1]):
+                    (held_back if turn.held_back else failures).append(error)
+                    if not is_sources_fault(error.os_error):
                         break
-                    continue
-                except BaseException:
-                    route.leave(turn)
-                    raise
-                turn.origin.handed_out()
-                route.leave_with(turn, None)  # `_release` does
-                sock = _sockets.get(cast("ResponseHandler", connection.protocol))
-                if sock is None or not sock.lost:
-                    return connection
-                # It was lost in the very moment in which it was made: nothing has been sent.
-                connection.close()
-                source, destination = turn.origin.source, destination_of(url.raw_host or "", url.port or 0)
-                text = explained(source, destination, "its interface or address has gone since it connected")
-                failures.append(BindError(errno.ENETDOWN, text, source=source, destination=destination))
-                error = aiohttp.ClientConnectorError(req.connection_key, failures[-1])
         finally:
             route.close()
-        if error is None:
+        errors = failures or held_back
+        if not errors:
             raise RuntimeError(f"the policy named no source for {url.raw_host}")
         try:
-            if len(failures) == 1:
-                raise error
-            raise type(error)(error.args[0], merged(failures)) from error
+            if len(errors) == 1:
+                raise errors[0]
+            cause = merged([cast("AiobindError", error.os_error) for error in errors])
+            raise type(errors[-1])(errors[-1].args[0], cause) from errors[-1]
         finally:
-            del error, failures  # which hold this very frame
+            del errors, failures, held_back  # which hold this very frame
+
+    async def _connect_from(
+        self, turn: Turn, route: Route, req: ClientRequest, traces: list[Trace], timeout: aiohttp.ClientTimeout
+    ) -> Connection:
+        try:
+            connection = await super().connect(cast("ClientRequest", _SourcedRequest(req, turn)), traces, timeout)
+        except BaseException:
+            route.leave(turn)
+            raise
+        turn.origin.handed_out()
+        route.leave_with(turn, None)  # `_release` does
+        sock = _sockets.get(cast("ResponseHandler", connection.protocol))
+        if sock is None or not sock.lost:
+            return connection
+        # It was lost in the very moment in which it was made: nothing has been sent.
+        connection.close()
+        source, destination = turn.origin.source, destination_of(req.url.raw_host or "", req.url.port or 0)
+        text = explained(source, destination, "its interface or address has gone since it connected")
+        error = BindError(errno.ENETDOWN, text, source=source, destination=destination)
+        raise aiohttp.ClientConnectorError(req.connection_key, error)
 
     async def _next(self, route: Route, timeout: aiohttp.ClientTimeout) -> Turn | None:
         if not self._dialer.limits.limited:
