@@ -474,7 +474,7 @@ class Dialer:
 
     def _mind_ports(self, origin: Origin, sock: BoundSocket, destination: str) -> None:
         """Past half of the ports for a target another source shall go first, for as long as it takes to free some."""
-        if origin.source.__class__ is not Prefix and len(self.roster.listed) > 1:
+        if origin.source.__class__ is not Prefix and len(self.roster) > 1:
             taken = origin.ports_to(str(sock.target))
             if self._port_count is None:
                 self._port_count = len(self._ports)

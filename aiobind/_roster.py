@@ -116,6 +116,9 @@ class Roster:
 
     # ── the list ──
 
+    def __len__(self) -> int:
+        return len(self._listed)
+
     @property
     def listed(self) -> tuple[Origin, ...]:
         """The sources that the policy chooses from, in their order."""

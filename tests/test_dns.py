@@ -1239,6 +1239,9 @@ async def test_a_source_that_no_server_answers_lets_the_next_one_try(
     async with far_server(lab), aiobind.Connector("if!n1", "if!n2", dns="source") as connector:
         with await connector.connect("target.test", 80) as sock:
             assert aiobind.bound_source(sock).interface == "n2"
+        n1, n2 = connector.stats()
+        assert n1.suspended_until is not None  # another one has been answered, so it is not the server that is down
+        assert (n1.failures, n2.suspended_until, n2.failures) == ({"EAI": 1}, None, {})
         with pytest.raises(aiobind.ResolveError, match=f"no DNS server has answered: {V4}: no answer") as caught:
             await connector.connect("target.test", 80, source="if!n1")
     assert str(caught.value.source) == "if!n1"

@@ -18,7 +18,7 @@ from aiobind._resolve import SystemLookup, literal
 from aiobind._sockets import connect, open_bound
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
     from aiobind._sources import Source
     from aiobind.lab import Lab, Witness
@@ -98,6 +98,22 @@ async def test_each_connection_has_an_address_of_its_own(lab: Lab, witness: Witn
     assert all(aiobind.Address(address).ip in network for address in seen)
     assert len(set(seen)) > 10
     assert {packet.source for packet in witness.packets() if packet.syn} == set(seen)
+
+
+@prefixes
+async def test_a_connector_keeps_the_address_of_a_host(
+    lab: Lab, resolv_conf: Callable[..., None], prefix: str, target: str
+) -> None:
+    lab.near.ip(f"route add local {prefix} dev lo")
+    hosts = [f"host{number}.test" for number in range(8)]
+    resolv_conf("", hosts="".join(f"{target} {host}\n" for host in hosts))
+    sticky = aiobind.Connector(f"net!{prefix}", sticky_prefix=True)
+    async with far_server(lab, prefix), sticky as connector, aiobind.Connector(f"net!{prefix}") as other:
+        seen = [{await ask(connector, host) for _ in range(4)} for host in hosts]
+        fresh = {await ask(other, hosts[0]) for _ in range(8)}
+    assert {len(addresses) for addresses in seen} == {1}
+    assert len(set().union(*seen)) > 4
+    assert len(fresh) > 4
 
 
 @prefixes
