@@ -407,8 +407,9 @@ class Dialer:
         allowed = [target for target in targets if target.family in families]
         # A family that works waits for nobody.
         patience = self.roster.patience(origin) if len(probes) == len(families) else None
+        deadline = asyncio.timeout(patience)
         try:
-            async with asyncio.timeout(patience) as deadline:
+            async with deadline:
                 return await self._dial(origin, host, allowed, delay=delay, begun=begun)
         except TimeoutError as error:
             if not deadline.expired():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import logging
 import math
+import socket
 import time
 import weakref
 from collections import Counter, deque
@@ -218,9 +219,10 @@ class Origin:
 
     def failed(self, error: OSError) -> None:
         """Count an attempt that has failed."""
-        number = error.errno or 0
-        # The codes of getaddrinfo are negative here, and no errnos.
-        name = errno.errorcode.get(number, "EAI" if number <= 0 else str(number))
+        if isinstance(error, socket.gaierror):
+            name = "EAI"
+        else:
+            name = errno.errorcode.get(error.errno or 0, str(error.errno))
         self.errors[name] += 1
         self.failures += 1
         self.changed()

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import errno
 import gc
+import math
 import os
 import pickle
 import socket
@@ -17,6 +18,7 @@ import weakref
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
+import aiolimiter  # noqa: F401 - else the first connector with a rate would read it on the loop
 import pytest
 import trustme
 from dns_server import DnsServer
@@ -26,6 +28,8 @@ from aiobind.lab import Namespace
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
+
+    from aiobind.lab import Lab
 
 pytestmark = pytest.mark.anyio
 
@@ -671,6 +675,585 @@ def test_three_thousand_connects_cancelled_at_random(runner: str) -> None:
     )
     assert done.stdout == "done\n", done.stderr[-3000:]
     assert "Warning" not in done.stderr, done.stderr[-3000:]
+
+
+# ── sources that come and go ──
+
+
+async def addresses(connector: aiobind.Connector, port: int, count: int, host: str = HOST) -> list[str]:
+    """Return from where *count* connections leave, one after the other, by their last numbers."""
+    seen = []
+    for _ in range(count):
+        with await connector.connect(host, port) as sock:
+            seen.append(sock.getsockname()[0].rpartition(".")[2])
+    return seen
+
+
+async def test_a_source_more_and_less(port: int) -> None:
+    async with aiobind.Connector("127.0.0.2", "127.0.0.3") as connector:
+        assert await addresses(connector, port, 2) == ["2", "3"]
+        connector.add("127.0.0.4")
+        assert await addresses(connector, port, 3) == ["4", "2", "3"]
+        connector.remove(aiobind.Address("127.0.0.3"))
+        assert set(await addresses(connector, port, 4)) == {"2", "4"}
+        assert repr(connector) == "Connector('127.0.0.2', '127.0.0.4')"
+
+
+async def test_before_the_first_use_as_well(port: int) -> None:
+    connector = aiobind.Connector("127.0.0.2")
+    connector.add("127.0.0.3")
+    connector.remove("127.0.0.2")
+    async with connector:
+        assert await addresses(connector, port, 2) == ["3", "3"]
+    connector.add("127.0.0.4")  # and after the last
+    assert [str(figures.source) for figures in connector.stats()] == ["127.0.0.3", "127.0.0.4"]
+
+
+@pytest.mark.parametrize("method", ["remove", "report"])
+async def test_what_is_no_source_of_it(method: str) -> None:
+    async with aiobind.Connector("127.0.0.2", "127.0.0.3") as connector:
+        options = {"host": "example.com"} if method == "report" else {}
+        with pytest.raises(ValueError, match=r"127\.0\.0\.9 is no source of this connector \(it has 127"):
+            getattr(connector, method)("127.0.0.9", **options)
+        with pytest.raises(aiobind.InvalidSource):
+            getattr(connector, method)("eth0", **options)
+        with pytest.raises(ValueError, match="is a source of this connector already"):
+            connector.add("127.0.0.3")
+        connector.remove("127.0.0.3")
+        with pytest.raises(ValueError, match="is the only source of this connector: add another one first"):
+            connector.remove("127.0.0.2")
+
+
+async def test_a_removed_source_keeps_its_connections(port: int) -> None:
+    async with aiobind.Connector("127.0.0.2", "127.0.0.3") as connector:
+        reader, writer = await connector.open_connection(HOST, port)
+        connector.remove("127.0.0.2")
+        assert await reader.readline() == b"127.0.0.2\n"
+        assert [(str(s.source), s.connections) for s in connector.stats()] == [("127.0.0.3", 0), ("127.0.0.2", 1)]
+        writer.close()
+        await writer.wait_closed()
+        await settled(lambda: [str(s.source) for s in connector.stats()] == ["127.0.0.3"])
+
+
+async def test_the_connections_of_a_removed_source_are_cut(port: int) -> None:
+    async with aiobind.Connector("127.0.0.2", "127.0.0.3") as connector:
+        reader, writer = await connector.open_connection(HOST, port)
+        await reader.readline()
+        sock, other = [await connector.connect(HOST, port, source=f"127.0.0.{n}") for n in (2, 3)]
+        connector.remove("127.0.0.2", drain=False)
+        with pytest.raises(ConnectionResetError):
+            await reader.read()
+        with pytest.raises(ConnectionResetError):
+            await asyncio.get_running_loop().sock_recv(sock, 100)
+        assert (await asyncio.get_running_loop().sock_recv(other, 100)) == b"127.0.0.3\n"
+        writer.close()
+        with contextlib.suppress(ConnectionResetError):
+            await writer.wait_closed()
+        sock.close()
+        other.close()
+
+
+# ── bans ──
+
+
+async def test_others_go_where_a_source_is_banned(port: int) -> None:
+    async with aiobind.Connector("127.0.0.2", "127.0.0.3", policy=InOrder()) as connector:
+        connector.report("127.0.0.2", host=HOST)
+        assert await addresses(connector, port, 2) == ["3", "3"]
+        assert await addresses(connector, port, 1, "localhost") == ["2"]
+        connector.report("127.0.0.3", host=HOST, seconds=5)
+        assert await addresses(connector, port, 1) == ["3"]  # whose ban ends first
+        connector.report("127.0.0.2", host=HOST, ok=True)
+        assert await addresses(connector, port, 1) == ["2"]
+        connector.report("127.0.0.2", host=HOST, seconds=0.01)
+        await asyncio.sleep(0.02)
+        assert await addresses(connector, port, 1) == ["2"]
+        with await connector.connect(HOST, port, source="127.0.0.3") as sock:  # a pin is a pin
+            assert sock.getsockname()[0] == "127.0.0.3"
+        assert [figures.suspended_until for figures in connector.stats()] == [None, None]
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST", "localhost.", "LocalHost."])
+async def test_a_ban_is_for_the_host_however_it_is_written(port: int, host: str) -> None:
+    async with aiobind.Connector("127.0.0.2", "127.0.0.3", policy=InOrder()) as connector:
+        connector.report("127.0.0.2", host=host)
+        for same in ("localhost", "Localhost"):
+            assert await addresses(connector, port, 1, same) == ["3"]
+        connector.report("127.0.0.2", host=host.swapcase(), ok=True)
+        assert await addresses(connector, port, 1, "localhost") == ["2"]
+
+
+# ── figures ──
+
+
+async def test_the_figures_of_a_source(port: int) -> None:
+    async with aiobind.Connector("127.0.0.2", "192.0.2.77", policy=InOrder()) as connector:
+        source = aiobind.Address("127.0.0.2")
+        assert connector.stats()[0] == (source, 0, 0, 0, 0, {}, None, None, None, 0, 0, {})
+        started = time.perf_counter()
+        reader, writer = await connector.open_connection(HOST, port)
+        took = time.perf_counter() - started
+        line = await reader.readline()
+        writer.write(b"12345")
+        await settled(lambda: connector.stats()[0].bytes_sent == 5)
+        figures = connector.stats()[0]
+        assert figures[:6] == (source, 1, 1, 0, 1, {})
+        assert figures.suspended_until is None
+        assert figures.latency_p50 is not None
+        assert figures.latency_p50 == figures.latency_p99
+        assert 0 < figures.latency_p50 < took * 1.1 + 0.0001
+        assert figures[9:] == (5, len(line), {f"{HOST}:{port}": 1})
+        writer.close()
+        await writer.wait_closed()
+        await settled(lambda: open_connections(connector) == [0, 0])
+        with pytest.raises(ConnectionRefusedError):
+            await connector.connect(HOST, free_port())
+        figures = connector.stats()[0]
+        assert figures[1:6] == (0, 0, 0, 1, {"ECONNREFUSED": 1})
+        assert figures[9:] == (5, len(line), {f"{HOST}:{port}": 1})  # in TIME_WAIT
+
+
+async def test_until_when_a_source_is_suspended(port: int) -> None:
+    events: list[aiobind.Event] = []
+    async with aiobind.Connector("192.0.2.77", "127.0.0.2", policy=InOrder(), on_event=events.append) as connector:
+        before = time.monotonic()
+        await addresses(connector, port, 3)
+        until = connector.stats()[0].suspended_until
+        assert until is not None
+        # Nobody holds the address; so it is until somebody does, as soon as the interfaces have been told.
+        assert until == math.inf or before + 0.5 <= until <= time.monotonic() + 1.0
+        assert connector.stats()[1].suspended_until is None
+        assert {event.kind for event in events if event.source == aiobind.Address("192.0.2.77")} <= {
+            "failed",
+            "suspended",
+        }
+        connected = [event for event in events if event.kind == "connected"]
+        assert [(str(event.source), event.destination) for event in connected] == [("127.0.0.2", f"{HOST}:{port}")] * 3
+        assert all(event.seconds is not None and 0 < event.seconds < 5 for event in connected)
+
+
+async def test_what_on_event_raises_harms_no_connection(port: int, caplog: pytest.LogCaptureFixture) -> None:
+    def on_event(event: aiobind.Event) -> None:
+        raise LookupError("no ears")
+
+    async with aiobind.Connector("127.0.0.2", on_event=on_event) as connector:
+        assert await addresses(connector, port, 2) == ["2", "2"]
+        with pytest.raises(ConnectionRefusedError):
+            await connector.connect(HOST, free_port())
+    assert [record.getMessage().partition(" at ")[0] for record in caplog.records] == ["on_event failed"] * 3
+
+
+# ── limits ──
+
+
+def places(connector: aiobind.Connector) -> tuple[int, int]:
+    """Return how many places are taken, of the sources and of their hosts."""
+    limits = connector._dialer.limits
+    limits._settle()
+    return sum(limits._held.values()), sum(limits._held_at.values())
+
+
+async def turns_of_the_loop() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+async def waiting(connector: aiobind.Connector, count: int) -> None:
+    await settled(lambda: sum(map(len, connector._dialer.limits._lines.values())) == count)
+
+
+async def test_a_source_with_room_goes_before_one_without(port: int) -> None:
+    async with aiobind.Connector("127.0.0.2", "127.0.0.3", policy=InOrder(), limit_per_source=2) as connector:
+        held = [await connector.connect(HOST, port) for _ in range(4)]
+        assert [sock.getsockname()[0][-1] for sock in held] == ["2", "2", "3", "3"]
+        held.pop(1).close()
+        held.append(await connector.connect(HOST, port))
+        assert held[-1].getsockname()[0] == "127.0.0.2"
+        for sock in held:
+            sock.close()
+
+
+async def test_where_none_has_room_the_first_that_gets_some_serves_the_first_that_came(port: int) -> None:
+    async with aiobind.Connector("127.0.0.2", "127.0.0.3", policy=InOrder(), limit_per_source=1) as connector:
+        held = [await connector.connect(HOST, port) for _ in range(2)]
+        done: list[tuple[int, str]] = []
+
+        async def one(number: int) -> None:
+            sock = await connector.connect(HOST, port)
+            done.append((number, sock.getsockname()[0]))
+            held.append(sock)
+
+        tasks = []
+        for number in range(3):
+            tasks.append(asyncio.create_task(one(number)))
+            await waiting(connector, number + 1)
+        held[1].close()
+        await settled(lambda: len(done) == 1)
+        held[0].close()
+        await settled(lambda: len(done) == 2)
+        held[-2].close()
+        await asyncio.gather(*tasks)
+        assert done == [(0, "127.0.0.3"), (1, "127.0.0.2"), (2, "127.0.0.3")]
+        for sock in held:
+            sock.close()
+        assert places(connector) == (0, 0)
+
+
+async def test_a_limit_for_each_host(port: int) -> None:
+    async with aiobind.Connector("127.0.0.2", limit_per_source_host=1) as connector:
+        first = await connector.connect(HOST, port)
+        (await connector.connect("localhost", port)).close()  # another host, as it is written
+        second = asyncio.create_task(connector.connect(HOST, port))
+        await waiting(connector, 1)
+        first.close()
+        (await second).close()
+        assert places(connector) == (0, 0)
+
+
+async def test_a_pin_waits_for_its_own_source(port: int) -> None:
+    async with aiobind.Connector("127.0.0.2", "127.0.0.3", limit_per_source=1) as connector:
+        first = await connector.connect(HOST, port, source="127.0.0.9")
+        second = asyncio.create_task(connector.connect(HOST, port, source="127.0.0.9"))
+        await waiting(connector, 1)
+        first.close()
+        with await second as sock:
+            assert sock.getsockname()[0] == "127.0.0.9"
+
+
+async def test_whoever_gives_up_waiting_takes_no_place(port: int) -> None:
+    async with aiobind.Connector("127.0.0.2", limit_per_source=1) as connector:
+        held = await connector.connect(HOST, port)
+        for moment in ("before", "after", "in the same moment"):
+            one, other = (asyncio.create_task(connector.connect(HOST, port)) for _ in range(2))
+            await waiting(connector, 2)
+            if moment == "before":
+                one.cancel()
+                await turns_of_the_loop()
+            held.close()
+            if moment == "after":
+                connector._dialer.limits._settle()  # it has been given the place, and does not know yet
+            one.cancel()
+            held = await other
+            with pytest.raises(asyncio.CancelledError):
+                await one
+            assert places(connector) == (1, 0)
+        held.close()
+        assert places(connector) == (0, 0)
+
+
+async def test_whoever_waits_when_the_connector_is_closed(port: int) -> None:
+    async with aiobind.Connector("127.0.0.2", limit_per_source=1, rate_per_source=1000) as connector:
+        held = await connector.connect(HOST, port)
+        tasks = [asyncio.create_task(connector.connect(HOST, port)) for _ in range(3)]
+        await waiting(connector, 3)
+        await connector.aclose()
+        for task in tasks:
+            with pytest.raises(RuntimeError, match="the connector is closed"):
+                await task
+        held.close()
+        assert places(connector) == (0, 0)
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+async def test_however_it_ends_the_place_is_given_back_once(port: int, make_silent: Callable[[], int]) -> None:
+    silent = make_silent()
+
+    def fail() -> asyncio.Protocol:
+        raise LookupError
+
+    async def closed() -> None:
+        sock = await connector.connect(HOST, port)
+        sock.close()
+        sock.close()
+
+    async def detached() -> None:
+        os.close((await connector.connect(HOST, port)).detach())
+
+    async def forgotten() -> None:
+        await connector.connect(HOST, port)
+
+    async def refused() -> None:
+        with pytest.raises(ConnectionRefusedError):
+            await connector.connect(HOST, free_port())
+
+    async def of_its_own() -> None:
+        with pytest.raises(aiobind.BindError):
+            await connector.connect(HOST, port, source="192.0.2.77")
+
+    async def nameless() -> None:
+        with pytest.raises(aiobind.ResolveError):
+            await connector.connect("fe80::1%nix", port)
+
+    async def given_up() -> None:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await connector.connect(HOST, silent)
+
+    async def without_a_protocol() -> None:
+        with pytest.raises(LookupError):
+            await connector.create_connection(fail, HOST, port)
+
+    async def aborted() -> None:
+        transport, _ = await connector.create_connection(asyncio.Protocol, HOST, port)
+        transport.abort()
+
+    async def refused_by_asyncio() -> None:
+        with pytest.raises(TypeError):
+            await connector.create_connection(asyncio.Protocol, HOST, port, no_such_option=1)
+
+    async with aiobind.Connector("127.0.0.2", limit_per_source=1, limit_per_source_host=1) as connector:
+        for end in (
+            closed, detached, forgotten, refused, of_its_own, nameless, given_up, without_a_protocol, aborted,
+            refused_by_asyncio,
+        ):  # fmt: skip
+            await end()
+            await settled(lambda: places(connector) == (0, 0))
+            assert [origin.connecting for origin in connector._dialer.roster.listed] == [0]
+            async with asyncio.timeout(5):
+                (await connector.connect(HOST, port)).close()
+
+
+@pytest.mark.parametrize("options", [{"rate_per_source": 10}, {"rate_per_source_host": 10}])
+async def test_connects_per_second(port: int, options: dict[str, Any]) -> None:
+    async with aiobind.Connector("127.0.0.2", **options) as connector:
+        started = time.perf_counter()
+        assert await addresses(connector, port, 4) == ["2"] * 4
+        assert time.perf_counter() - started > 0.25
+        started = time.perf_counter()
+        await asyncio.gather(*(addresses(connector, port, 1) for _ in range(4)))
+        assert time.perf_counter() - started > 0.25
+
+
+async def test_the_next_source_whose_turn_has_come(port: int) -> None:
+    async with aiobind.Connector("127.0.0.2", "127.0.0.3", policy=InOrder(), rate_per_source=2) as connector:
+        assert await addresses(connector, port, 2) == ["2", "3"]
+        started = time.perf_counter()
+        both = await asyncio.gather(*(addresses(connector, port, 1) for _ in range(2)))
+        assert sorted(both) == [["2"], ["3"]]  # each where the fewest wait
+        assert time.perf_counter() - started > 0.3
+
+
+async def test_a_rate_and_a_limit_together(port: int) -> None:
+    async with aiobind.Connector("127.0.0.2", rate_per_source=20, limit_per_source=2) as connector:
+        assert await asyncio.gather(*(addresses(connector, port, 2) for _ in range(3))) == [["2", "2"]] * 3
+        assert places(connector) == (0, 0)
+
+
+async def test_whoever_gives_up_in_the_line_of_a_rate_holds_no_place(port: int) -> None:
+    async with aiobind.Connector("127.0.0.2", rate_per_source=1, limit_per_source=5) as connector:
+        (await connector.connect(HOST, port)).close()
+        tasks = [asyncio.create_task(connector.connect(HOST, port)) for _ in range(3)]
+        await settled(lambda: connector._dialer.limits.waiting(connector._dialer.roster.listed[0]) == 3)
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        assert places(connector) == (0, 0)
+        assert connector._dialer.limits._pacing == {}
+
+
+# ── what a source has failed at, in the story of a connect ──
+
+
+class InOrder:
+    def order(self, sources: Any, host: str) -> Iterator[Any]:
+        return iter(sources)
+
+
+@pytest.fixture
+def make_silent() -> Iterator[Callable[..., int]]:
+    """Make a port that answers no SYN: the kernel drops it while the backlog of the listener is full."""
+    socks: list[socket.socket] = []
+
+    def make(host: str = HOST, port: int = 0) -> int:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        server = socket.create_server((host, port), family=family, backlog=0)
+        socks.append(server)
+        for _ in range(3):
+            sock = socket.socket(family)
+            sock.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                sock.connect(server.getsockname())
+            socks.append(sock)
+        return server.getsockname()[1]
+
+    yield make
+    for sock in socks:
+        sock.close()
+
+
+def failed(connector: aiobind.Connector, which: int, family: int = socket.AF_INET, *, due: bool = False) -> Any:
+    """Have a source fail, and its time be over if it is *due*; return what stands before it."""
+    origin = connector._dialer.roster.listed[which]
+    connector._dialer.roster.fails(origin, family, aiobind.BindError(errno.ENETUNREACH, "made up"))
+    breaker = origin.breakers[family]
+    if due:
+        breaker.until = time.monotonic()
+        connector._dialer.roster._renew()
+    else:
+        breaker.until = time.monotonic() + 60
+    return breaker
+
+
+@pytest.mark.parametrize("options", [{}, {"limit_per_source": 1}, {"rate_per_source": 1000}], ids=str)
+@pytest.mark.parametrize("source", ["127.0.0.2", "if!lo", "host!localhost"])
+@pytest.mark.parametrize("silent", [False, True])
+async def test_cancelled_at_each_step(
+    port: int, make_silent: Callable[..., int], source: str, options: dict[str, Any], *, silent: bool
+) -> None:
+    """The place is given back, the probe is somebody else's, and nothing stays open."""
+    number = make_silent() if silent else port
+    async with aiobind.Connector(source, "192.0.2.77", policy=InOrder(), **options) as connector:
+        (await connector.connect(HOST, port)).close()
+        outcomes = []
+        for steps in range(12):
+            breaker = failed(connector, 0, due=True)
+            task = asyncio.create_task(connector.connect(HOST, number, family=socket.AF_INET))
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            task.cancel()
+            try:
+                (await task).close()
+                outcomes.append("connected")
+            except asyncio.CancelledError:
+                outcomes.append("cancelled")
+            assert places(connector) == (0, 0)
+            assert not breaker.probing
+            assert [origin.connecting for origin in connector._dialer.roster.listed] == [0, 0]
+            assert open_connections(connector)[0] == 0
+            assert connector._dialer.limits._pacing == {}
+            (await connector.connect(HOST, port)).close()
+            assert connector._dialer.roster.listed[0].breakers == {}
+        assert outcomes[0] == "cancelled"
+        assert ("connected" in outcomes) is not silent
+
+
+async def test_a_probe_has_little_time_and_the_next_source_serves(port: int, make_silent: Callable[..., int]) -> None:
+    """While it is under way, others take no notice of the source."""
+    silent = make_silent()
+    async with aiobind.Connector("127.0.0.2", "127.0.0.3", policy=InOrder()) as connector:
+        breaker = failed(connector, 0, due=True)
+        started = time.perf_counter()
+        probe = asyncio.create_task(connector.connect(HOST, silent))
+        await settled(lambda: breaker.probing)
+        assert await addresses(connector, port, 3) == ["3", "3", "3"]
+        await settled(lambda: not breaker.probing)
+        assert time.perf_counter() - started > 0.35
+        assert (breaker.failures, breaker.suspended(time.monotonic())) == (2, True)
+        assert str(breaker.error).endswith("it has failed before, and gets no answer within 0.4 s")
+        assert not probe.done()  # it waits by the other source
+        probe.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await probe
+        assert connector._dialer.roster.listed[1].breakers == {}
+
+
+async def test_a_probe_that_works_ends_the_suspension(port: int) -> None:
+    async with aiobind.Connector("127.0.0.2", "127.0.0.3", policy=InOrder()) as connector:
+        failed(connector, 0)
+        connector._dialer.roster._renew()
+        assert await addresses(connector, port, 2) == ["3", "3"]
+        failed(connector, 0, due=True)
+        assert await addresses(connector, port, 2) == ["2", "2"]
+        assert connector._dialer.roster.listed[0].breakers == {}
+
+
+async def test_a_probe_that_is_refused_by_the_target_has_worked(port: int) -> None:
+    async with aiobind.Connector("127.0.0.2", "127.0.0.3", policy=InOrder()) as connector:
+        failed(connector, 0, due=True)
+        with pytest.raises(ConnectionRefusedError):
+            await connector.connect(HOST, free_port())
+        assert await addresses(connector, port, 1) == ["2"]
+
+
+async def test_a_family_that_works_has_all_the_time_beside_a_probe(
+    make_silent: Callable[..., int], resolv_conf: Callable[..., None]
+) -> None:
+    resolv_conf("", hosts="127.0.0.1 both.test\n::1 both.test\n")
+    number = make_silent()
+    make_silent("::1", number)
+    async with aiobind.Connector("if!lo", "127.0.0.3", policy=InOrder(), happy_eyeballs_delay=0.05) as connector:
+        origin = connector._dialer.roster.listed[0]
+        origin.works.add(socket.AF_INET6)
+        breaker = failed(connector, 0, due=True)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.8):
+                await connector.connect("both.test", number)
+        assert (set(origin.breakers), breaker.failures, breaker.probing) == ({socket.AF_INET}, 1, False)
+
+
+async def test_a_family_that_has_failed_is_left_out(resolv_conf: Callable[..., None]) -> None:
+    resolv_conf("", hosts="127.0.0.1 both.test\n::1 both.test\n")
+    tried: list[str | None] = []
+    async with aiobind.Connector(
+        "if!lo", happy_eyeballs_delay=None, on_event=lambda event: tried.append(event.destination)
+    ) as connector:
+        connector._dialer.roster.listed[0].works.add(socket.AF_INET6)
+        failed(connector, 0)
+        tried.clear()
+        number = free_port()
+        with pytest.raises(ConnectionRefusedError):
+            await connector.connect("both.test", number)
+        assert tried == [f"[::1]:{number}"]
+        with pytest.raises(ConnectionRefusedError):  # where nothing is left, it is tried all the same
+            await connector.connect(HOST, number)
+        assert tried[1] == f"{HOST}:{number}"
+
+
+@pytest.mark.parametrize("options", [{}, {"limit_per_source": 1}, {"rate_per_source": 5}], ids=str)
+async def test_nobody_is_refused_because_of_what_was(port: int, options: dict[str, Any]) -> None:
+    """Also when the turn of the only source comes after a wait, and it has failed meanwhile."""
+    async with aiobind.Connector("if!lo", **options) as connector:
+        first = await connector.connect(HOST, port)
+        connector._dialer.roster.listed[0].works.add(socket.AF_INET6)
+        failed(connector, 0)
+        second = asyncio.create_task(connector.connect(HOST, port, family=socket.AF_INET))
+        await turns_of_the_loop()
+        first.close()
+        async with asyncio.timeout(5):
+            (await second).close()
+        assert places(connector) == (0, 0)
+
+
+async def test_what_is_exempt_says_nothing_about_the_source(port: int) -> None:
+    with _namespace():  # without a route anywhere
+        async with aiobind.Connector("127.0.0.2", "127.0.0.3", direct=["203.0.113.0/24"]) as connector:
+            for _ in range(2):
+                with pytest.raises(aiobind.AiobindError):
+                    await connector.connect("203.0.113.7", 80)
+            assert [figures.suspended_until for figures in connector.stats()] == [None, None]
+            assert [figures.failures for figures in connector.stats()] == [{"ENETUNREACH": 2}, {"ENETUNREACH": 2}]
+    async with aiobind.Connector("127.0.0.2", "127.0.0.3", policy=InOrder(), direct=[HOST]) as connector:
+        breaker = failed(connector, 0, due=True)
+        (await connector.connect(HOST, port)).close()
+        with pytest.raises(ConnectionRefusedError):
+            await connector.connect(HOST, free_port())
+        assert connector._dialer.roster.listed[0].breakers == {socket.AF_INET: breaker}
+
+
+async def test_a_policy_is_free_again_when_no_connector_came_of_it(port: int) -> None:
+    policy = aiobind.Failover()
+    try:
+        aiobind.Connector("127.0.0.2", policy=policy, direct="localhost")
+    except TypeError:
+        async with aiobind.Connector("127.0.0.2", policy=policy) as connector:
+            assert await addresses(connector, port, 1) == ["2"]
+
+
+async def test_a_connection_that_has_survived_one_loss_is_told_of_the_next(lab: Lab) -> None:
+    with lab.far:
+        server = socket.create_server(("203.0.113.80", 80))
+    gone: list[set[str]] = []
+    connector = aiobind.Connector("if!n1", "if!n2", policy=InOrder())
+    connector._dialer.on_lost = lambda socks, _: gone.append({sock.getsockname()[0] for sock in socks})
+    with server:
+        async with connector:
+            with await connector.connect("203.0.113.80", 80):
+                for times in (1, 2, 3):
+                    lab.near.ip("link set n1 down")
+                    await settled(lambda times=times: len(gone) == times)
+                    lab.near.ip("link set n1 up")
+                    await settled(lambda: connector.stats()[0].suspended_until is None)
+    assert gone == [{"198.18.1.2"}] * 3
 
 
 # ── ports ──

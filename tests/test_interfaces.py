@@ -29,6 +29,7 @@ from aiobind._errors import BindError
 from aiobind._interfaces import Guard, Interfaces, InterfaceTable, InterfaceWatch
 from aiobind._platform import platform
 from aiobind._platform.base import AddressGone, AddressSeen, LinkGone, LinkSeen, ListEnd
+from aiobind._sources import parse_source
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -216,6 +217,151 @@ def test_what_depends_on_more_than_the_kind_of_target_is_not_kept() -> None:
 def test_the_present_name_of_a_link() -> None:
     table = table_of(*ETH0, seen(2, "wan0", "eth0"))
     assert (table.name_of(2), table.name_of(99)) == ("wan0", None)
+
+
+NO_DEVICE, NO_ADDRESS = errno.ENODEV, errno.EADDRNOTAVAIL
+DOWN, NO_CARRIER = errno.ENETUNREACH, errno.EHOSTUNREACH
+LO = (seen(1, "lo"), has(1, "127.0.0.1", scope=254), has(1, "::1", scope=254))
+
+
+@pytest.mark.parametrize(
+    ("source", "records", "expected"),
+    [
+        ("if!eth0", [], None),
+        ("if!wan", [seen(2, "eth0", "wan")], None),
+        ("if!eth9", [], (NO_DEVICE, "no interface named 'eth9' (have: eth0, eth1, lo)")),
+        ("if!eth0", [LinkGone(2)], (NO_DEVICE, "no interface named 'eth0' (have: eth1, lo)")),
+        ("if!eth0", [seen(2, "wan0")], (NO_DEVICE, "no interface named 'eth0' (have: eth1, lo, wan0)")),
+        ("if!eth0", [seen(2, "eth0", up=False)], (DOWN, "eth0 is down")),
+        ("if!eth0", [seen(2, "eth0", carrier=False)], (NO_CARRIER, "eth0 has no carrier")),
+        ("if!eth0", [seen(2, "eth0", up=False, carrier=False)], (DOWN, "eth0 is down")),
+        ("if!eth0", [lost(2, "192.0.2.2")], (NO_ADDRESS, "eth0 has no address")),
+        # those that the kernel gives it by itself, or that are still being checked, serve nobody
+        ("if!eth0", [lost(2, "192.0.2.2"), has(2, "fe80::2", scope=253)], (NO_ADDRESS, "eth0 has no address")),
+        ("if!eth0", [lost(2, "192.0.2.2"), has(2, "2001:db8::2", tentative=True)], (NO_ADDRESS, "eth0 has no address")),
+        ("if!eth0", [lost(2, "192.0.2.2"), has(2, "169.254.7.7", scope=253)], None),
+        ("if!eth0", [lost(2, "192.0.2.2"), has(2, "2001:db8::2")], None),
+        ("if!eth0", [lost(2, "192.0.2.2"), has(2, "2001:db8::2", deprecated=True)], None),
+        # a VRF has none of its own
+        ("if!red", [seen(5, "red", kind="vrf")], None),
+        ("if!red", [seen(5, "red", kind="vrf", up=False)], (DOWN, "red is down")),
+        ("ifhost!eth0!192.0.2.2", [], None),
+        ("ifhost!eth0!192.0.2.3", [], (NO_ADDRESS, "192.0.2.3 is not an address of eth0")),
+        ("ifhost!eth0!192.0.2.2", [lost(2, "192.0.2.2"), has(2, "192.0.2.7")],
+         (NO_ADDRESS, "192.0.2.2 is not an address of eth0")),
+        ("ifhost!eth0!192.0.2.2", [seen(2, "eth0", up=False)], (DOWN, "eth0 is down")),
+        ("ifhost!eth0!fe80::2", [lost(2, "192.0.2.2"), has(2, "fe80::2", scope=253)], None),
+        ("ifhost!lo!127.0.0.9", [], None),
+        ("ifhost!eth0!name.test", [], None),  # which address that is nobody knows here
+        ("ifhost!eth0!name.test", [lost(2, "192.0.2.2")], (NO_ADDRESS, "eth0 has no address")),
+        ("fe80::2%eth0", [has(2, "fe80::2", scope=253)], None),
+        ("fe80::2%eth0", [lost(2, "192.0.2.2"), has(2, "fe80::2", scope=253)], None),
+        ("fe80::2%eth0", [has(3, "fe80::2", scope=253)], (NO_ADDRESS, "fe80::2%eth0 is not an address of eth0")),
+        ("fe80::2%eth0", [has(2, "fe80::2", scope=253), seen(2, "eth0", carrier=False)],
+         (NO_CARRIER, "eth0 has no carrier")),
+        ("fe80::2%eth9", [], (NO_DEVICE, "no interface named 'eth9' (have: eth0, eth1, lo)")),
+        # a literal address follows the interface that holds it
+        ("192.0.2.2", [], None),
+        ("192.0.2.2", [seen(2, "eth0", up=False)], (DOWN, "eth0 is down")),
+        ("192.0.2.2", [seen(2, "eth0", carrier=False)], (NO_CARRIER, "eth0 has no carrier")),
+        ("192.0.2.2", [LinkGone(2)], (NO_ADDRESS, "no interface holds 192.0.2.2")),
+        ("192.0.2.2", [lost(2, "192.0.2.2")], (NO_ADDRESS, "no interface holds 192.0.2.2")),
+        ("192.0.2.2", [seen(2, "wan0")], None),
+        ("192.0.2.2", [seen(2, "eth0", up=False), has(3, "192.0.2.2")], None),  # one of two
+        ("192.0.2.2", [has(3, "192.0.2.2"), seen(3, "eth1", up=False)], None),
+        ("192.0.2.3", [has(2, "192.0.2.3"), LinkGone(3)], None),
+        ("127.0.0.9", [], None),
+        ("127.0.0.9", [LinkGone(1)], None),
+        ("127.0.0.1", [seen(1, "lo", up=False)], None),
+        ("::1", [], None),
+        ("::1", [seen(1, "lo", up=False)], (DOWN, "lo is down")),
+        ("host!name.test", [LinkGone(2), LinkGone(3)], None),
+        ("net!198.51.100.0/24", [LinkGone(2), LinkGone(3)], None),
+    ],
+)  # fmt: skip
+def test_why_a_source_can_serve_nobody(source: str, records: list[Record], expected: tuple[int, str] | None) -> None:
+    table = table_of(*LO, *ETH0, *ETH1, *records)
+    assert table.trouble(parse_source(source)) == expected
+
+
+@pytest.mark.parametrize(
+    ("source", "records", "expected"),
+    [
+        ("if!eth0", [lost(2, "192.0.2.2")], None),
+        ("ifhost!eth0!192.0.2.3", [], None),
+        ("fe80::2%eth0", [], None),
+        ("if!eth0", [seen(2, "eth0", up=False)], DOWN),
+        ("if!eth0", [LinkGone(2)], NO_DEVICE),
+        ("192.0.2.2", [lost(2, "192.0.2.2")], NO_ADDRESS),  # that is nobody's
+    ],
+)
+def test_what_may_be_borrowed_is_no_trouble(source: str, records: list[Record], expected: int | None) -> None:
+    trouble = table_of(*ETH0, *ETH1, *records).trouble(parse_source(source), borrow=True)
+    assert (trouble and trouble.errno) == expected
+
+
+@pytest.mark.parametrize(
+    ("connection", "records", "expected"),
+    [
+        (("eth0", 2, "192.0.2.2"), [], True),
+        (("eth0", 2, "192.0.2.2"), [seen(2, "eth0", up=False)], False),
+        (("eth0", 2, "192.0.2.2"), [seen(2, "eth0", carrier=False)], False),
+        (("eth0", 2, "192.0.2.2"), [seen(2, "wan0")], False),
+        (("eth0", 2, "192.0.2.2"), [LinkGone(2)], False),
+        (("eth0", 2, "192.0.2.2"), [LinkGone(2), seen(9, "eth0"), has(9, "192.0.2.2")], False),  # another one
+        (("eth0", 2, "192.0.2.2"), [lost(2, "192.0.2.2"), has(2, "192.0.2.7")], False),
+        (("eth0", 2, "192.0.2.2"), [has(2, "192.0.2.2", deprecated=True)], True),
+        (("eth0", 2, "192.0.2.3"), [], False),
+        (("lo", 1, "127.0.0.9"), [], True),
+        (("eth0", 2, "127.0.0.9"), [], False),
+        (("red", 5, "192.0.2.2"), [seen(5, "red", kind="vrf")], True),
+        (("red", 5, "192.0.2.9"), [seen(5, "red", kind="vrf")], False),
+        ((None, 0, "192.0.2.2"), [], True),
+        ((None, 0, "192.0.2.2"), [seen(2, "wan0")], True),
+        ((None, 0, "192.0.2.2"), [seen(2, "eth0", up=False)], False),
+        ((None, 0, "192.0.2.2"), [seen(2, "eth0", carrier=False)], False),
+        ((None, 0, "192.0.2.2"), [seen(2, "eth0", up=False), has(3, "192.0.2.2")], True),
+        ((None, 0, "192.0.2.2"), [lost(2, "192.0.2.2")], False),
+        ((None, 0, "192.0.2.9"), [], False),
+    ],
+)
+@pytest.mark.parametrize("borrow", [False, True])
+def test_whether_a_connection_stands(
+    connection: tuple[Any, ...], records: list[Record], *, expected: bool, borrow: bool
+) -> None:
+    table = table_of(*LO, *ETH0, *ETH1, *records)
+    if borrow:  # of any interface, as long as it is this host's
+        link = table.link(connection[0]) if connection[0] else None
+        same = link is not None and link.index == connection[1] and link.up and link.carrier
+        expected = expected or (same and connection[2] in table.own)
+    assert table.stands(*connection, borrow=borrow) is expected
+
+
+@pytest.mark.parametrize(
+    ("record", "changes", "losses"),
+    [
+        (has(2, "192.0.2.2"), 0, 0),  # a router's advertisement has made it younger
+        (has(2, "192.0.2.2", deprecated=True), 1, 0),
+        (has(2, "192.0.2.2", b"/32"), 1, 0),
+        (has(2, "192.0.2.7"), 1, 0),
+        (has(99, "192.0.2.99"), 0, 0),
+        (lost(2, "192.0.2.2"), 1, 1),
+        (lost(99, "192.0.2.99"), 0, 0),
+        (LinkGone(2), 1, 1),
+        (seen(9, "eth9"), 1, 0),
+        (seen(2, "eth0"), 1, 0),
+        (seen(2, "eth0", up=False), 1, 1),
+        (seen(2, "eth0", carrier=False), 1, 1),
+        (seen(2, "wan0"), 1, 1),
+        (seen(2, "eth0", "wan"), 1, 1),
+        (seen(3, "eth1"), 1, 0),  # is up again
+    ],
+)
+def test_what_changes_and_what_goes(record: Record, changes: int, losses: int) -> None:
+    table = table_of(*ETH0, seen(3, "eth1", up=False, carrier=False))
+    before = table.changes, table.losses
+    table.apply(record)
+    assert (table.changes - before[0], table.losses - before[1]) == (changes, losses)
 
 
 def test_a_kept_refusal_names_no_other_target() -> None:
@@ -622,6 +768,149 @@ async def test_the_loop_goes_on_between_the_pieces(watch_of: Callable[..., Any])
         next(turns)
         await asyncio.sleep(0)
     assert next(turns) > 100
+
+
+# --- those who want to know ---------------------------------------------------------------------------------
+
+
+class Noting:
+    """A listener that notes what it is told: whether something was lost, and the addresses of eth0."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[bool, list[str] | None]] = []
+
+    def links_changed(self, table: InterfaceTable, *, lost: bool) -> None:
+        self.told.append((lost, addresses(table, "eth0")))
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("known", [True, False], ids=["now", "later"])
+async def test_who_listens_is_told_how_it_is(watch_of: Callable[..., Any], *, known: bool) -> None:
+    watch, feed = watch_of([*ETH0, WHOLE])
+    if known:
+        await watch.caught_up()
+    listener = Noting()
+    watch.listen(listener)
+    assert feed.asked == 1  # it asks if nobody has
+    assert len(listener.told) == known
+    await until(lambda: listener.told)
+    assert listener.told == [(True, ["192.0.2.2"])]
+    watch.listen(listener)
+    assert len(listener.told) == 2  # again, for it asks again; but it listens once
+    feed.say(has(2, "192.0.2.7"))
+    await until(lambda: len(listener.told) > 2)
+    await watch.caught_up()
+    assert listener.told[2:] == [(False, ["192.0.2.2", "192.0.2.7"])]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("news", "told"),
+    [
+        ([has(2, "192.0.2.2")], []),  # a router's advertisement
+        ([has(2, "192.0.2.7")], [(False, ["192.0.2.2", "192.0.2.7"])]),
+        ([lost(2, "192.0.2.2")], [(True, [])]),
+        ([seen(2, "eth0", up=False)], [(True, ["192.0.2.2"])]),
+        ([LinkGone(2)], [(True, None)]),
+        ([LinkGone(3)], [(True, ["192.0.2.2"])]),
+        ([seen(9, "eth9")], [(False, ["192.0.2.2"])]),
+        ([has(99, "192.0.2.99")], []),
+        # whatever was lost on the way
+        ([OVERFLOW], [(True, ["192.0.2.22"])]),
+    ],
+)
+async def test_who_listens_is_told_of_each_change_once(
+    watch_of: Callable[..., Any], news: list[Record], told: list[Any]
+) -> None:
+    watch, feed = watch_of([*ETH0, *ETH1, WHOLE], [seen(2, "eth0"), has(2, "192.0.2.22"), WHOLE])
+    await watch.caught_up()
+    listeners = [Noting(), Noting()]
+    for listener in listeners:
+        watch.listen(listener)
+        listener.told.clear()
+    feed.say(*news)
+    await until(lambda: watch.look() is not None and not feed._queue)
+    for _ in range(3):
+        await watch.caught_up()
+    assert [listener.told for listener in listeners] == [told, told]
+
+
+@pytest.mark.anyio
+async def test_who_listens_is_told_before_those_who_wait_go_on(watch_of: Callable[..., Any]) -> None:
+    watch, feed = watch_of([*ETH0, WHOLE])
+    listener = Noting()
+    watch.listen(listener)
+    await watch.caught_up()
+    assert listener.told == [(True, ["192.0.2.2"])]
+    feed.say(LinkGone(2))
+    await watch.caught_up()
+    assert listener.told[1:] == [(True, None)]
+
+
+@pytest.mark.anyio
+async def test_nobody_is_told_while_everything_is_told_anew(watch_of: Callable[..., Any]) -> None:
+    watch, feed = watch_of([*ETH0, WHOLE], ETH0)
+    listener = Noting()
+    watch.listen(listener)
+    await watch.caught_up()
+    listener.told.clear()
+    feed.say(OVERFLOW)
+    await until(lambda: feed.asked == 2 and not feed._queue)
+    late = Noting()
+    watch.listen(late)
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert (listener.told, late.told, feed.asked) == ([], [], 2)
+    feed.say(WHOLE)
+    await watch.caught_up()
+    assert listener.told == late.told == [(True, ["192.0.2.2"])]
+
+
+@pytest.mark.anyio
+async def test_who_listens_is_held_weakly(watch_of: Callable[..., Any]) -> None:
+    watch, feed = watch_of([*ETH0, WHOLE])
+    await watch.caught_up()
+    told: list[bool] = []
+
+    class Counting(Noting):
+        def links_changed(self, table: InterfaceTable, *, lost: bool) -> None:
+            told.append(lost)
+
+    listener = Counting()
+    watch.listen(listener)
+    assert told == [True]
+    del listener
+    gc.collect()
+    feed.say(LinkGone(2))
+    await watch.caught_up()
+    assert told == [True]
+
+
+@pytest.mark.anyio
+async def test_who_listens_where_the_system_does_not_tell_yet(watch_of: Callable[..., Any]) -> None:
+    watch, feed = watch_of([REFUSED], [*ETH0, WHOLE])
+    listener = Noting()
+    with pytest.raises(PermissionError):
+        watch.listen(listener)
+    await watch.caught_up()
+    assert (listener.told, feed.asked) == ([(True, ["192.0.2.2"])], 2)
+
+
+@pytest.mark.anyio
+async def test_an_attempt_from_an_address_alone_follows_whoever_holds_it(watch_of: Callable[..., Any]) -> None:
+    watch, feed = watch_of([*ETH0, *ETH1, has(3, "192.0.2.2"), WHOLE])
+    await watch.caught_up()
+    ours, theirs = socket.socketpair()
+    with ours, theirs, Guard(watch, ours, None, TWO[0], WIDE) as guard:
+        theirs.setblocking(False)
+        await guard.confirm()
+        feed.say(seen(2, "eth0", up=False))
+        await guard.confirm()  # the other one holds it as well
+        feed.say(lost(3, "192.0.2.2"))
+        with pytest.raises(BindError, match="eth0 is down") as caught:
+            await guard.confirm()
+        assert caught.value.errno == errno.ENETUNREACH
+        assert theirs.recv(1) == b""
 
 
 # --- guards -------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import aiobind
 from aiobind.aiohttp import BoundTCPConnector
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from contextlib import AbstractContextManager
 
 
@@ -60,6 +60,47 @@ def policies() -> None:
     aiobind.Connector("if!eth0", policy=LastFirst)  # type: ignore[arg-type]
 
 
+def limits() -> None:
+    aiobind.Connector(
+        "if!eth0", limit_per_source=50, limit_per_source_host=2, rate_per_source=10, abort_on_link_down=True
+    )
+    BoundTCPConnector("if!eth0", limit_per_source_host=2, rate_per_source=0.5, rate_per_source_host=None)
+    aiobind.Connector("if!eth0", limit_per_source=2.5)  # type: ignore[arg-type]
+    aiobind.Connector("if!eth0", rate_per_source="10/s")  # type: ignore[arg-type]
+
+
+def told(event: aiobind.Event) -> None:
+    assert_type(event.source, aiobind.Interface | aiobind.Address | aiobind.Host | aiobind.Prefix)
+    assert_type(event.destination, str | None)
+    assert_type(event.error, OSError | None)
+    assert_type(event.seconds, float | None)
+    match event.kind:
+        case "connected" | "failed" | "suspended" | "recovered" | "unpinned":
+            pass
+        case _:  # five kinds, and no sixth
+            assert_never(event.kind)
+
+
+def events() -> None:
+    seen: list[aiobind.Event] = []
+    aiobind.Connector("if!eth0", on_event=told)
+    aiobind.Connector("if!eth0", on_event=seen.append)
+    BoundTCPConnector("if!eth0", on_event=lambda event: event.seconds)
+    aiobind.Connector("if!eth0", on_event=seen)  # type: ignore[arg-type]
+
+
+def figures(stats: aiobind.SourceStats) -> None:
+    assert_type(stats.source, aiobind.Interface | aiobind.Address | aiobind.Host | aiobind.Prefix)
+    for number in (stats.connections, stats.in_use, stats.idle, stats.connects, stats.bytes_sent, stats.bytes_received):
+        assert_type(number, int)
+    for seconds in (stats.suspended_until, stats.latency_p50, stats.latency_p99):
+        assert_type(seconds, float | None)
+    counts: list[Mapping[str, int]] = [stats.failures, stats.ports]
+    assert_type(counts[0]["ECONNREFUSED"], int)
+    stats.failures["ECONNREFUSED"] = 1  # type: ignore[index]
+    stats.ports["192.0.2.1:443"] = 1  # type: ignore[index]
+
+
 async def doors() -> None:
     async with aiobind.Connector("if!eth0", socket_options=[(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]) as connector:
         assert_type(connector, aiobind.Connector)
@@ -73,6 +114,14 @@ async def doors() -> None:
             tuple[asyncio.StreamReader, asyncio.StreamWriter],
         )
         assert_type(connector.stats(), tuple[aiobind.SourceStats, ...])
+        figures(connector.stats()[0])
+        connector.add("if!wwan1")
+        connector.remove(aiobind.Interface("wwan1"), drain=False)
+        connector.report("if!eth0", host="example.com")
+        connector.report(aiobind.Interface("eth0"), host="example.com", ok=False, seconds=2.5)
+        connector.report("if!eth0", host="example.com", ok=True)
+        connector.report("if!eth0", "example.com")  # type: ignore[call-arg]
+        connector.remove("if!eth0", False)  # type: ignore[call-arg]
         with connector.use_source("if!wwan0") as pinned:
             assert_type(pinned, aiobind.Interface | aiobind.Address | aiobind.Host | aiobind.Prefix)
     assert_type(await aiobind.connect("example.com", 443, source="if!eth0"), socket.socket)
@@ -91,7 +140,10 @@ async def edge() -> None:
     assert_type(bound.interface, str | None)
     assert_type((bound.address, bound.port), tuple[str, int])
     assert_type(connector.stats(), tuple[aiobind.SourceStats, ...])
-    assert_type(connector.stats()[0].in_use, int)
+    figures(connector.stats()[0])
+    connector.add(aiobind.Interface("wwan1"))
+    connector.remove("if!wwan1", drain=False)
+    connector.report("if!eth0", host="example.com", seconds=60)
     await base.close()
 
 
