@@ -9,9 +9,10 @@ The whole in one page. Each row imports only rows below it::
     aiohttp   metrics   lab              edges: a library each; the lab is a place to try them in
     _connector   _factory                the doors: asyncio, and the synchronous form
     _dial   dns                          the story of one connect; names, asked through the source
-    _roster   _limits                    which source is next; how many connections it may have
+    _roster                              which source is next
     _origin   _health   _policy          one source and its figures; what has failed; the order of sources
-    _plan   _race   _sockets             from a source to bindings; RFC 8305; one attempt
+    _limits                              how many connections a source may have
+    _plan   _race   _sockets   _faults   from a source to bindings; RFC 8305; one attempt; whose fault it was
     _scope   _interfaces   _sketch       what the context pins; the host's interfaces; latencies
     _resolve   _ports   _events          names, off the loop; local ports; what is told of all this
     _platform   _sources                 the operating system, one file each; the grammar of sources
@@ -19,7 +20,7 @@ The whole in one page. Each row imports only rows below it::
     _advice                              what to say of an errno
 
 One connect: the policy orders the sources that are healthy (``_roster.order``); for the first of them that has room
-(``_dial.Route``) the destination becomes targets (``_dial.targets``); each target gets a binding or a refusal
+(``_roster.Route``) the destination becomes targets (``_dial.targets``); each target gets a binding or a refusal
 (``_plan``, by the rules of ``_binding``); what is left is raced (``_race``), each attempt being: open, pin, bind,
 connect (``_sockets``). It is held against the promise right before the connect and right after it, and the connection
 is counted until it ends (``_origin``). When the source fails for a reason of its own, nothing has been sent yet, and

@@ -7,8 +7,9 @@ import socket
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ._dial import Dialer, place_of
+from ._dial import Dialer
 from ._errors import AiobindError, is_sources_fault, merged
+from ._faults import place_of
 from ._limits import Limits
 from ._origin import Origin
 from ._scope import scoped

@@ -18,39 +18,50 @@ import math
 import os
 import socket
 import time
-from contextlib import suppress
 from functools import partial
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, TypeAlias
 
-from ._advice import advice
 from ._binding import Binding, Exempt, Refusal, Target
-from ._errors import AiobindError, Attempt, BindError, ConnectError, ResolveError, explained, shown
+from ._errors import AiobindError, BindError, ResolveError
 from ._events import Journal
-from ._interfaces import NoNeighbourError
+from ._faults import (
+    ANSWERS,
+    NO_ANSWER,
+    NoPortError,
+    bare,
+    combined,
+    destination_of,
+    place_of,
+    plain,
+    suspended,
+    unresolved,
+    with_context,
+)
 from ._limits import Limits
 from ._plan import Planner
 from ._platform import platform
 from ._ports import ANY_PORT, LocalPorts
 from ._race import interleave, race
 from ._resolve import SystemLookup, literal
-from ._roster import Roster, Turn
+from ._roster import Roster, Route
 from ._scope import pinned
 from ._sockets import ANY_KIND, BoundSocket, BoundSource, connect, open_bound
 from ._sources import Prefix, parse_source
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
     from ._events import Event
     from ._interfaces import InterfaceTable
     from ._origin import Origin, SourceStats
     from ._policy import Policy
     from ._resolve import Lookup, Resolved
+    from ._roster import Turn
     from ._sockets import SocketOption
     from ._sources import Source
 
-__all__ = ["Dialer", "Reach", "Route"]
+__all__ = ["Dialer", "Reach"]
 
 #: How a look-up gets a socket to ask with: `Dialer.reach`.
 Reach: TypeAlias = "Callable[[Source | None, Target, int], Awaitable[BoundSocket]]"
@@ -60,88 +71,11 @@ _TRIES_PER_TURN = 50
 
 #: An attempt that is given up after so many seconds without an answer has waited in vain.
 _SILENCE = 1.0
-#: Nobody has answered, or a router instead of the target: the source may have lost its way, or the target be down.
-_NO_ANSWER = frozenset({errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH})
-#: The target itself has answered.
-_ANSWERS = frozenset({errno.ECONNREFUSED, errno.ECONNRESET})
-
-
 #: Stands for a target, where a source hears nothing of the servers that another one hears of.
 _NAME_SERVERS = "name server"
 
 #: What ``direct`` decides: all is left to the routing table.
 _EXEMPT = Binding()
-
-
-class NoPortError(BindError):
-    """The source has no port left for one destination."""
-
-
-class Route:
-    """The sources for one connection, one after the other, each with its place under the limits."""
-
-    __slots__ = ("_full", "_host", "_late", "_limits", "_turns")
-
-    def __init__(self, turns: Generator[Turn], limits: Limits[Origin], host: str) -> None:
-        self._turns = turns
-        self._limits = limits
-        self._host = host
-        #: those that may not begin a connection now, by their rate; and those that have no room
-        self._late: list[Turn] = []
-        self._full: list[Turn] = []
-
-    async def next(self) -> Turn | None:
-        """Return the next source, or None. One with room goes before one without; where none has, wait for the first.
-
-        It is to be told how it went: `leave`, or `leave_with` the connection.
-
-        Raises:
-            RuntimeError: the connector was closed meanwhile.
-        """
-        limits, host = self._limits, self._host
-        for turn in self._turns:
-            if limits.paced and not limits.ready(turn.origin, host):
-                self._late.append(turn)
-            elif not limits.limited or limits.take(turn.origin, host):
-                turn.origin.begins()
-                return turn
-            else:
-                self._full.append(turn)
-        while self._late:
-            # Nobody can say which one is going to be first, but where the fewest wait it is soonest.
-            turn = min(self._late, key=lambda turn: limits.waiting(turn.origin))
-            self._late.remove(turn)
-            if not limits.limited or limits.take(turn.origin, host):
-                return self._last(turn)
-            self._full.append(turn)
-        if not self._full:
-            return None
-        origin = await limits.wait([turn.origin for turn in self._full], host)
-        turn = next(turn for turn in self._full if turn.origin is origin)
-        self._full.remove(turn)
-        return self._last(turn)
-
-    def _last(self, turn: Turn) -> Turn:
-        turn.forced = True  # the order has ended, and cannot come back to it
-        turn.origin.begins()
-        return turn
-
-    def leave(self, turn: Turn) -> None:
-        """Give the place of *turn* back: it has failed."""
-        turn.origin.has_ended()
-        if self._limits.limited:
-            self._limits.release(turn.origin, self._host)
-
-    def leave_with(self, turn: Turn, sock: BoundSocket | None) -> None:
-        """Give the place of *turn* back when *sock* ends; or leave that to somebody else."""
-        turn.origin.has_ended()
-        if sock is not None and self._limits.limited:
-            release = partial(self._limits.release, turn.origin, self._host)
-            sock.register(lambda *_: release())
-
-    def close(self) -> None:
-        """Ask for no more: a probe that is not under way leaves its chance to another connection."""
-        self._turns.close()
 
 
 class Dialer:
@@ -331,7 +265,7 @@ class Dialer:
             found = await lookup.find(host, via=origin.source, family=family, flags=flags)
         except (BindError, ResolveError) as error:  # it is the source that failed
             origin.failed(error)
-            raise _with_context(error, origin.source, destination_of(host, port)) from error.__cause__
+            raise with_context(error, origin.source, destination_of(host, port)) from error.__cause__
         except socket.gaierror as error:
             if lookup.by_source and error.errno == socket.EAI_AGAIN:
                 origin.failed(error)
@@ -340,7 +274,7 @@ class Dialer:
             text = f"the destination's name cannot be resolved: {error.strerror}"
             # Of what no name server has answered from here, another source may hear.
             source = origin.source if lookup.by_source and error.errno == socket.EAI_AGAIN else None
-            raise _unresolved(host, port, text, error.errno, source) from error
+            raise unresolved(host, port, text, error.errno, source) from error
         if lookup.by_source:
             self.roster.reaches(origin, 0, _NAME_SERVERS)
         return found
@@ -365,12 +299,12 @@ class Dialer:
         try:
             address = literal(host)
         except OSError as error:
-            raise _unresolved(host, port, error.strerror or "") from error
+            raise unresolved(host, port, error.strerror or "") from error
         found = (address,) if address else await self.find(origin, host, port, family=family, flags=flags)
         version = 6 if family == socket.AF_INET6 else 4
         targets = [Target.of(ip, port, zone) for ip, zone in found if not family or ip.version == version]
         if not targets:
-            raise _unresolved(host, port, f"the destination has no IPv{version} address")
+            raise unresolved(host, port, f"the destination has no IPv{version} address")
         return interleave(targets, first_family_count)
 
     # ── plan, race, verify, count ──
@@ -403,7 +337,9 @@ class Dialer:
             return await self._dial(origin, host, targets, delay=delay, begun=begun)
         families, probes = self.roster.allowed(turn, {target.family for target in targets})
         if not families:
-            raise self._held_back(origin, host, targets[0])
+            breaker = origin.breakers[targets[0].family]
+            error = suspended(breaker.error, breaker.until - time.monotonic())
+            raise with_context(error, origin.source, destination_of(host, targets[0].port))
         allowed = [target for target in targets if target.family in families]
         # A family that works waits for nobody.
         patience = self.roster.patience(origin) if len(probes) == len(families) else None
@@ -416,7 +352,7 @@ class Dialer:
                 raise
             reason = f"it has failed before, and gets no answer within {patience:.1f} s"
             destination = destination_of(host, targets[0].port)
-            failure = _with_context(BindError(errno.ETIMEDOUT, reason), origin.source, destination)
+            failure = with_context(BindError(errno.ETIMEDOUT, reason), origin.source, destination)
             origin.failed(failure)
             for family in families & origin.breakers.keys():  # the other one has been answered meanwhile
                 self.roster.fails(origin, family, failure)
@@ -424,14 +360,6 @@ class Dialer:
         finally:
             for breaker in probes:
                 breaker.probing = False
-
-    def _held_back(self, origin: Origin, host: str, target: Target) -> AiobindError:
-        breaker = origin.breakers[target.family]
-        wait = breaker.until - time.monotonic()
-        until = f"for another {wait:.1f} s" if wait > 0 else "until somebody has found out how it is now"
-        cause = breaker.error or OSError(errno.ENETUNREACH, "")
-        error = BindError(cause.errno or errno.ENETUNREACH, f"it is suspended {until}: {cause.strerror}")
-        return _with_context(error, origin.source, destination_of(host, target.port))
 
     async def _dial(
         self,
@@ -449,7 +377,7 @@ class Dialer:
             origin.failed(error)
             for family in {target.family for target in targets}:
                 self.roster.fails(origin, family, error)
-            raise _with_context(error, source, destination) from error.__cause__
+            raise with_context(error, source, destination) from error.__cause__
         bindings: dict[Target, Binding] = {}
         refusals: list[Refusal] = []
         for target, decision in zip(targets, decisions, strict=True):
@@ -467,7 +395,7 @@ class Dialer:
             if not bindings and (origin.down is not None or any(no.errno != errno.EADDRNOTAVAIL for no in refusals)):
                 origin.failed(BindError(*refusals[0]))
                 origin.failed_at = time.monotonic()
-            raise _failure(source, destination, list(zip(bindings, errors, strict=True)), refusals)
+            raise combined(source, destination, list(zip(bindings, errors, strict=True)), refusals)
         sock.stood = self._planner.stands(sock)
         origin.opened(sock)
         self._mind_ports(origin, sock, destination)
@@ -561,9 +489,9 @@ class Dialer:
             self.roster.shun(origin, destination, error)
         elif isinstance(error, BindError):
             self.roster.fails(origin, target.family, error)
-        elif error.errno in _NO_ANSWER:
+        elif error.errno in NO_ANSWER:
             self.roster.waits_in_vain(origin, target.family, target, began, error)
-        elif error.errno in _ANSWERS:
+        elif error.errno in ANSWERS:
             self.roster.works(origin, target.family, target)
 
     def _tell_failure(self, origin: Origin, target: Target, error: OSError, began: float) -> None:
@@ -590,7 +518,7 @@ class Dialer:
             except BindError as error:
                 if error.errno != errno.EADDRINUSE:
                     raise
-                failure = failure or _bare(error)
+                failure = failure or bare(error)
                 continue
             try:
                 await self._connect(loop, sock, target, binding)
@@ -600,8 +528,8 @@ class Dialer:
                 if isinstance(error, AiobindError) or not isinstance(error, OSError):
                     raise
                 if error.errno != errno.EADDRNOTAVAIL:
-                    raise _plain(error, sent=sent) from _bare(error)
-                failure = failure or _bare(error)
+                    raise plain(error, sent=sent) from bare(error)
+                failure = failure or bare(error)
             else:
                 return sock
         assert failure is not None
@@ -627,7 +555,7 @@ class Dialer:
                 except OSError as error:
                     if not guard.aborted:
                         raise
-                    await guard.confirm(_bare(error))  # it was the guard that ended it
+                    await guard.confirm(bare(error))  # it was the guard that ended it
                 await guard.confirm()
         sock.name = address, port = sock.getsockname()[:2]
         if sock.name == (target.host, target.port) and sock.type == socket.SOCK_STREAM:
@@ -643,70 +571,3 @@ class Dialer:
             self._ports.doubt()
             reason = f"the system connected from {port}, which is no {self._ports}; no data was sent"
             raise BindError(errno.EADDRNOTAVAIL, reason)
-
-
-def place_of(host: str) -> str:
-    """Return *host* as it is compared: without case and the dot of the root, and as it is asked for (IDNA)."""
-    if not host.isascii():
-        with suppress(UnicodeError):
-            host = host.encode("idna").decode()
-    return host.rstrip(".").lower()
-
-
-def destination_of(host: str, port: int) -> str:
-    """Return the destination as people write it."""
-    text = shown(host)
-    return f"[{text}]:{port}" if ":" in text else f"{text}:{port}"
-
-
-def _unresolved(
-    host: str, port: int, reason: str, number: int | None = None, source: Source | None = None
-) -> ResolveError:
-    destination = destination_of(host, port)
-    text = f"connect to {destination}: {reason}" if source is None else explained(source, destination, reason)
-    return ResolveError(number or socket.EAI_NONAME, text, source=source, destination=destination)
-
-
-def _with_context(error: AiobindError, source: Source, destination: str) -> AiobindError:
-    text = explained(source, destination, error.strerror or "")
-    return type(error)(error.errno or errno.EINVAL, text, source=source, destination=destination)
-
-
-def _bare(error: OSError) -> OSError:
-    """Return *error* without its traceback, whose frames hold the list of errors that it is going to be in."""
-    return error.with_traceback(None)
-
-
-def _plain(error: OSError, *, sent: bool) -> OSError:
-    """Return what connect(2) answered, in plain words, as the source's failure or the target's."""
-    number = error.errno or errno.EINVAL
-    if isinstance(error, NoNeighbourError):
-        return OSError(number, error.strerror)
-    text = None if sent else advice("connect", number)
-    if text is not None:  # nothing was sent: that is the source's fault, and another one may do better
-        return BindError(number, text)
-    return OSError(number, advice("answer", number) or os.strerror(number).lower())
-
-
-def _failure(
-    source: Source, destination: str, tried: list[tuple[Target, OSError]], refusals: list[Refusal]
-) -> AiobindError:
-    """Return the one error for all that was tried; a source that could serve no target is a BindError."""
-    not_tried = "; ".join(dict.fromkeys(refusal.reason for refusal in refusals))
-    if not tried:
-        error = BindError(refusals[0].errno, not_tried)
-        return _with_context(error, source, destination)
-    if len(tried) == 1 and str(tried[0][0]) == destination:
-        reason = tried[0][1].strerror or ""
-    else:
-        reason = "; ".join(f"{target}: {error.strerror}" for target, error in tried)
-    if not_tried:
-        reason = f"{reason} (not tried: {not_tried})"
-    first = tried[0][1]
-    number, text = first.errno or errno.EINVAL, explained(source, destination, reason)
-    if all(isinstance(error, BindError) for _, error in tried):
-        failure = BindError(number, text, source=source, destination=destination)
-        failure.__cause__ = first if len(tried) == 1 else ExceptionGroup("attempts", [error for _, error in tried])
-        return failure
-    attempts = [Attempt(source, str(target), error) for target, error in tried]
-    return ConnectError(number, text, source=source, destination=destination, attempts=attempts)

@@ -219,10 +219,7 @@ class Origin:
 
     def failed(self, error: OSError) -> None:
         """Count an attempt that has failed."""
-        if isinstance(error, socket.gaierror):
-            name = "EAI"
-        else:
-            name = errno.errorcode.get(error.errno or 0, str(error.errno))
+        name = "EAI" if isinstance(error, socket.gaierror) else errno.errorcode.get(error.errno or 0, str(error.errno))
         self.errors[name] += 1
         self.failures += 1
         self.changed()

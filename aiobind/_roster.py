@@ -17,6 +17,7 @@ import math
 import socket
 import time
 import weakref
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from ._errors import BindError
@@ -30,10 +31,12 @@ if TYPE_CHECKING:
 
     from ._events import Journal
     from ._interfaces import InterfaceTable
+    from ._limits import Limits
     from ._policy import Policy
+    from ._sockets import BoundSocket
     from ._sources import Source
 
-__all__ = ["Roster", "Turn"]
+__all__ = ["Roster", "Route", "Turn"]
 
 #: A probe may take three times what one of a hundred connects takes, and at least so many seconds, before the next
 #: source is tried.
@@ -365,6 +368,73 @@ class Roster:
                 self._journal.recovered(origin.source)
         if changed:
             self._renew()
+
+
+class Route:
+    """The sources for one connection, one after the other, each with its place under the limits."""
+
+    __slots__ = ("_full", "_host", "_late", "_limits", "_turns")
+
+    def __init__(self, turns: Generator[Turn], limits: Limits[Origin], host: str) -> None:
+        self._turns = turns
+        self._limits = limits
+        self._host = host
+        #: those that may not begin a connection now, by their rate; and those that have no room
+        self._late: list[Turn] = []
+        self._full: list[Turn] = []
+
+    async def next(self) -> Turn | None:
+        """Return the next source, or None. One with room goes before one without; where none has, wait for the first.
+
+        It is to be told how it went: `leave`, or `leave_with` the connection.
+
+        Raises:
+            RuntimeError: the connector was closed meanwhile.
+        """
+        limits, host = self._limits, self._host
+        for turn in self._turns:
+            if limits.paced and not limits.ready(turn.origin, host):
+                self._late.append(turn)
+            elif not limits.limited or limits.take(turn.origin, host):
+                turn.origin.begins()
+                return turn
+            else:
+                self._full.append(turn)
+        while self._late:
+            # Nobody can say which one is going to be first, but where the fewest wait it is soonest.
+            turn = min(self._late, key=lambda turn: limits.waiting(turn.origin))
+            self._late.remove(turn)
+            if not limits.limited or limits.take(turn.origin, host):
+                return self._last(turn)
+            self._full.append(turn)
+        if not self._full:
+            return None
+        origin = await limits.wait([turn.origin for turn in self._full], host)
+        turn = next(turn for turn in self._full if turn.origin is origin)
+        self._full.remove(turn)
+        return self._last(turn)
+
+    def _last(self, turn: Turn) -> Turn:
+        turn.forced = True  # the order has ended, and cannot come back to it
+        turn.origin.begins()
+        return turn
+
+    def leave(self, turn: Turn) -> None:
+        """Give the place of *turn* back: it has failed."""
+        turn.origin.has_ended()
+        if self._limits.limited:
+            self._limits.release(turn.origin, self._host)
+
+    def leave_with(self, turn: Turn, sock: BoundSocket | None) -> None:
+        """Give the place of *turn* back when *sock* ends; or leave that to somebody else."""
+        turn.origin.has_ended()
+        if sock is not None and self._limits.limited:
+            release = partial(self._limits.release, turn.origin, self._host)
+            sock.register(lambda *_: release())
+
+    def close(self) -> None:
+        """Ask for no more: a probe that is not under way leaves its chance to another connection."""
+        self._turns.close()
 
 
 def _by_failure(origin: Origin) -> float:

@@ -30,8 +30,8 @@ from aiohttp.client_proto import ResponseHandler
 
 from ._binding import Target
 from ._connector import Sourced, make_dialer
-from ._dial import destination_of, place_of
 from ._errors import AiobindError, BindError, ResolveError, explained, is_sources_fault, merged
+from ._faults import destination_of, place_of
 from ._race import interleave
 from ._resolve import literal, resolve
 from ._sockets import BoundSource, finders, handed_over
@@ -45,12 +45,12 @@ if TYPE_CHECKING:
     from aiohttp.tracing import Trace
     from yarl import URL
 
-    from ._dial import Dialer, Route
+    from ._dial import Dialer
     from ._events import Event
     from ._origin import Origin
     from ._policy import Policy
     from ._resolve import Resolved
-    from ._roster import Turn
+    from ._roster import Route, Turn
     from ._sockets import BoundSocket, SocketOption
     from ._sources import Source
 
