@@ -38,6 +38,7 @@ from ._faults import (
     unresolved,
     with_context,
 )
+from ._interfaces import LinkGoneError
 from ._limits import Limits
 from ._plan import Planner
 from ._platform import platform
@@ -485,6 +486,8 @@ class Dialer:
 
     def _judge(self, origin: Origin, target: Target, destination: str, error: OSError, began: float) -> None:
         """Draw the conclusions from an attempt that has failed."""
+        if isinstance(error, LinkGoneError):
+            return  # the roster hears of that by itself
         if isinstance(error, NoPortError):
             self.roster.shun(origin, destination, error)
         elif isinstance(error, BindError):

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ._platform.base import Feed, Record
     from ._sources import Source
 
-__all__ = ["Guard", "InterfaceTable", "InterfaceWatch", "Interfaces", "Listener", "NoNeighbourError"]
+__all__ = ["Guard", "InterfaceTable", "InterfaceWatch", "Interfaces", "LinkGoneError", "Listener", "NoNeighbourError"]
 
 #: Datagrams that one turn of the loop reads at most, so that a host with 10,000 addresses stalls nobody.
 _PIECES_PER_TURN = 2
@@ -452,6 +452,10 @@ class InterfaceWatch:
                 future.set_result(refusal)
 
 
+class LinkGoneError(BindError):
+    """The interface of an attempt has gone, or its address, since it began."""
+
+
 class NoNeighbourError(OSError):
     """Nobody answers for the next hop of an attempt."""
 
@@ -525,7 +529,7 @@ class Guard:
         if self.refusal is None:
             self.check(self._watch.look() or await self._watch.caught_up())
         if self.refusal is not None:
-            raise BindError(self.refusal.errno, f"{self.refusal.reason} (since the attempt began)") from cause
+            raise LinkGoneError(self.refusal.errno, f"{self.refusal.reason} (since the attempt began)") from cause
 
     def check(self, table: InterfaceTable) -> None:
         """Abort if *table* refuses now what it allowed before."""

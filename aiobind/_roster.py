@@ -43,6 +43,8 @@ __all__ = ["Roster", "Route", "Turn"]
 _PATIENCE = 0.4
 #: A ban, when it is not said for how long, and what it grows to; in seconds.
 _BAN, _LONGEST_BAN = 30.0, 3600.0
+_FAMILIES = (socket.AF_INET, socket.AF_INET6)
+
 #: So many hosts to avoid are remembered for each source, before those whose time is over are forgotten.
 _AVOIDED = 1000
 
@@ -279,8 +281,10 @@ class Roster:
         new = family not in origin.works
         origin.works.add(family)
         if origin.breakers:
-            if origin.breakers.pop(family, None) is not None:
-                self._journal.recovered(origin.source)
+            breaker = origin.breakers.pop(family, None)
+            if breaker is not None:
+                if breaker.failures:
+                    self._journal.recovered(origin.source)
                 self._renew()
             elif new:  # the other one holds it up no more
                 self._renew()
@@ -298,12 +302,14 @@ class Roster:
             return
         for other in self._timeouts.reached(origin, target, time.monotonic()):
             error = BindError(errno.ETIMEDOUT, f"it reaches no {target}, and {origin.source} does")
-            for each in (family,) if family else (socket.AF_INET, socket.AF_INET6):
+            for each in (family,) if family else _FAMILIES:
                 self.fails(other, each, error)
 
     def fails(self, origin: Origin, family: int, error: OSError) -> None:
         """Note that *origin* has failed for a reason of its own."""
         now = origin.failed_at = time.monotonic()
+        if origin.down is not None:
+            return  # it is suspended until that is over
         origin.works.discard(family)
         breaker = origin.breakers.get(family)
         if breaker is None:
@@ -364,7 +370,10 @@ class Roster:
                 self._journal.suspended(origin.source, origin.down, math.inf)
             else:
                 origin.down = None
-                origin.breakers.clear()
+                # The first packets of a link that has just come up are often lost, as where the other end is not ready
+                # to answer ARP yet, which is asked again after a second. So one connection tries it.
+                origin.works.clear()
+                origin.breakers = {family: Breaker() for family in _FAMILIES}
                 self._journal.recovered(origin.source)
         if changed:
             self._renew()

@@ -660,7 +660,7 @@ def test_how_long_a_source_is_avoided(
         assert event.seconds == length
         case.events.clear()
         clock.now += length - 0.01
-        assert case.order() == "ba"
+        assert case.order() == "ab"
         clock.now += 0.02
         assert case.order() == "ab"
 
@@ -684,7 +684,7 @@ def test_a_ban_that_is_lifted() -> None:
     case = Case("ab")
     case.roster.shun(case["a"], HOST, NO_ROUTE, banned=True)
     case.roster.accept(case["a"], "other.test")
-    assert case.order() == "ba"
+    assert case.order() == "ab"
     case.roster.accept(case["a"], HOST)
     case.roster.accept(case["a"], HOST)
     assert case.order() == "ab"
@@ -802,8 +802,35 @@ def test_when_it_is_back_what_it_has_failed_at_is_forgotten(table: InterfaceTabl
     table.apply(link(2, "b"))
     case.roster.links_changed(table, borrow=False)
     assert case.order() == "ab"
-    assert case["b"].breakers == {}
+    assert [breaker.failures for breaker in case["b"].breakers.values()] == [0, 0]
     assert case.told() == ["b suspended", "b suspended", "b recovered"]
+    case.roster.works(case["b"], V4, "t")
+    assert V4 not in case["b"].breakers
+    assert case.told() == []  # it was told already
+
+
+def test_when_it_is_back_one_connection_tries_it(table: InterfaceTable) -> None:
+    case = Case("ab")
+    for up in (False, True):
+        table.apply(link(2, "b", up=up))
+        case.roster.links_changed(table, borrow=False)
+    turn = Turn(case["b"])
+    allowed, probes = case.roster.allowed(turn, {V4})
+    assert allowed == {V4}
+    assert [breaker.probing for breaker in probes] == [True]
+    assert case.roster.allowed(Turn(case["b"]), {V4}) == (set(), [])
+    assert case.order() == "aB"
+    case.roster.works(case["b"], V4, "t")
+    assert case.order() == "ab"
+
+
+def test_what_fails_while_its_interface_is_away_is_suspended_until_that_is_back(table: InterfaceTable) -> None:
+    case = Case("ab")
+    table.apply(link(2, "b", up=False))
+    case.roster.links_changed(table, borrow=False)
+    case.fails("b")
+    assert case["b"].breakers == {}
+    assert case.told() == ["b suspended"]
 
 
 def test_when_it_is_back_nothing_is_known_to_work(clock: Clock, table: InterfaceTable) -> None:
@@ -813,6 +840,7 @@ def test_when_it_is_back_nothing_is_known_to_work(clock: Clock, table: Interface
     for up in (False, True):
         table.apply(link(2, "b", up=up))
         case.roster.links_changed(table, borrow=False)
+    case.fails("b", V4)
     case.fails("b", V6)
     assert case["b"].suspended_until(clock.now) == clock.now + 1.0
 
