@@ -31,7 +31,7 @@ demo: $(VENV)/.with-examples,uvloop
 	$(py) examples/demo.py
 
 test: $(VENV)/.with-test
-	$(py) -m pytest $(PYTEST_ARGS)
+	$(py) tests/halves.py $(PYTEST_ARGS)
 
 test-oldest:
 	@$(MAKE) --no-print-directory test PYTHON=$(PYTHON_OLDEST) VENV=$(VENV)-oldest CONSTRAINTS=tests/constraints-oldest.txt
