@@ -2,8 +2,8 @@
 
     python tests/halves.py [pytest's arguments]
 
-Other arguments than ``--last-failed`` choose tests by themselves, and get one process. Not pytest-xdist: its workers have
-a thread before the session moves into its namespaces, and with threads nobody may enter a user namespace
+Other arguments than ``--last-failed`` choose tests by themselves, and get one process. Not pytest-xdist: its workers
+have a thread before the session moves into its namespaces, and with threads nobody may enter a user namespace
 (unshare(2), EINVAL), so that without root there would be no lab.
 """
 
