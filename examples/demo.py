@@ -3,8 +3,8 @@
     python examples/demo.py        or: make demo
 
 First a few hundred pages from a server on loopback, through one session with five sources; then, where network
-namespaces can be made, a lab of three NICs. Needs neither root nor the internet. The exit status is 0
-when all that it shows is as promised.
+namespaces can be made, a lab of three NICs, of which one is pulled while requests are under way. Needs neither root nor
+the internet. The exit status is 0 when all that it shows is as promised.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from aiobind.aiohttp import BoundTCPConnector
 from aiobind.lab import Lab, available, isolate
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
 #: The sources of the first part, and the address that the server must see for each.
 LOOPBACK = {
@@ -48,6 +48,7 @@ LOOPBACK = {
 }
 SHARE, WORKERS = 120, 12  # pages for each source; requests at once
 CONNECTS = 20  # for each source and family in the lab
+PULLED = 300  # requests in each phase, while a NIC is pulled
 WRONG = "[red]This is not what was promised!"
 
 
@@ -198,15 +199,87 @@ async def measure(lab: Lab) -> list[Row]:
     return rows
 
 
+class Phase(NamedTuple):
+    """What became of the requests of one phase: by which NIC the server was asked, and how long the slowest took."""
+
+    name: str
+    pages: dict[str, int]
+    cut: int
+    longest: float
+
+
+async def pull(lab: Lab) -> list[Phase]:
+    """Ask for pages by three NICs in turn; in the middle of the second phase one of them goes down."""
+    nic_of = {nic.v4: nic.name for nic in lab.nics}
+    with lab.far:
+        listener = socket.create_server((lab.target_v4, 8080), backlog=WORKERS)
+    connector = BoundTCPConnector(*(f"if!{nic.name}" for nic in lab.nics), abort_on_link_down=True)
+    phases: list[Phase] = []
+    async with serving(listener, seconds=(0.01, 0.02)), aiohttp.ClientSession(connector=connector) as session:
+
+        async def run(name: str, middle: Callable[[], object] | None = None) -> None:
+            pages, waits, cut, turns = Counter[str](), [0.0], 0, iter(range(PULLED))
+
+            async def work() -> None:
+                nonlocal cut
+                for turn in turns:
+                    if turn == PULLED // 2 and middle is not None:
+                        middle()
+                    start = time.perf_counter()
+                    while True:
+                        try:
+                            _, host, _ = await ask(session, f"http://{lab.target_v4}:8080/")
+                        except aiohttp.ClientOSError:  # its connection was cut: ask again
+                            cut += 1
+                        else:
+                            break
+                    pages[nic_of[host]] += 1
+                    waits.append(time.perf_counter() - start)
+
+            await asyncio.gather(*(work() for _ in range(WORKERS)))
+            phases.append(Phase(name, {nic.name: pages[nic.name] for nic in lab.nics}, cut, max(waits)))
+
+        await run("all are up")
+        await run("n1 goes down", lambda: lab.near.ip("link set n1 down"))
+        await run("without n1")
+        lab.near.ip("link set n1 up")
+        async with asyncio.timeout(5):
+            while connector.stats()[1].connections == 0:  # a single request tries n1 before others follow
+                await ask(session, f"http://{lab.target_v4}:8080/")
+        await run("n1 is back")
+    return phases
+
+
+def show_pull(console: Console, phases: list[Phase]) -> bool:
+    """Part three; return whether it is as promised."""
+    console.print(f"\n[bold]3. One NIC is pulled:[/] {PULLED} requests in each phase, three NICs in turn.\n")
+    table = Table("phase", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in (*phases[0].pages, "cut", "lost", "longest wait"):
+        table.add_column(heading, justify="right")
+    for phase in phases:
+        lost = PULLED - sum(phase.pages.values())
+        counts = (str(count or "-") for count in (*phase.pages.values(), phase.cut))
+        table.add_row(phase.name, *counts, str(lost), f"{phase.longest * 1000:.0f} ms")
+    console.print(Padding.indent(table, 2))
+    even = [PULLED // 3] * 3
+    first, _, without, back = (list(phase.pages.values()) for phase in phases)
+    right = first == even and without == [PULLED // 2, 0, PULLED // 2] and back == even
+    text = "No page was lost; the others took n1's share, and gave it back."
+    console.print(f"\n  {text if right else WRONG}")
+    console.print("  [dim]What was under way by n1 was cut at once, and asked for again.")
+    return right
+
+
 def show_lab(console: Console) -> bool:
-    """Part two; return whether it is as promised, or cannot be shown here."""
+    """Parts two and three; return whether it is as promised, or cannot be shown here."""
     with console.status("making a lab of three NICs"):
         if reason := available():
             console.print("[bold]2. Three NICs:[/] no lab can be made here:", escape(reason), soft_wrap=True)
             return True
         # A process that moves to namespaces of its own must have no threads yet, and cannot come back.
         output = subprocess.check_output([sys.executable, __file__, "--part=lab"], text=True, process_group=0)
-    rows = [Row(*row) for row in json.loads(output)]
+    measured, phases = json.loads(output)
+    rows = [Row(*row) for row in measured]
 
     console.print(f"[bold]2. Three NICs:[/] {CONNECTS} connections from each source, counted at the far end.\n")
     table = Table("source", "family", "expected", box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -222,7 +295,7 @@ def show_lab(console: Console) -> bool:
     right = all(row.as_promised() for row in rows)
     console.print(f"\n  {'Each pinned source left by its own NIC, and by no other.' if right else WRONG}")
     console.print("  [dim]An address alone is no pin: n2's went the way of the default route, by n0.")
-    return right
+    return show_pull(console, [Phase(*phase) for phase in phases]) and right
 
 
 def main() -> int:
@@ -234,7 +307,7 @@ def main() -> int:
     elif part == "lab":
         isolate()
         with Lab(nics=3) as lab:
-            json.dump(asyncio.run(measure(lab)), sys.stdout)
+            json.dump([asyncio.run(measure(lab)), asyncio.run(pull(lab))], sys.stdout)
     else:
         console = Console(highlight=False)
         return 0 if all([show_loopback(console), show_lab(console)]) else 1

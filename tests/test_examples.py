@@ -419,7 +419,7 @@ def shows_loopback(output: str) -> bool:
     return found == [(source, "120", address) for source, address in SOURCES.items()]
 
 
-def test_demo_shows_both_parts() -> None:
+def test_demo_shows_all_parts() -> None:
     ended = run(DEMO)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert shows_loopback(ended.stdout), ended.stdout
@@ -439,7 +439,13 @@ def test_demo_shows_both_parts() -> None:
         expected.append([f"ifhost!n1!{address.format(1)}", family, "n1", *counts["n1"], "only by n1"])
     for family, address in (("IPv4", v4), ("IPv6", v6)):
         expected.append([address.format(2), family, "n0", *counts["n0"], "by n0: no pin"])
-    assert [row for row in rows(ended.stdout) if len(row) == 7] == expected
+    shown = [row for row in rows(ended.stdout) if len(row) == 7]
+    assert [row for row in shown if row[-1] != "longest wait" and "ms" not in row[-1]] == expected
+    phases = {row[0]: row[1:6] for row in shown if row[-1].endswith(" ms")}
+    assert phases["all are up"] == phases["n1 is back"] == ["100", "100", "100", "-", "0"]
+    assert phases["without n1"] == ["150", "-", "150", "-", "0"]
+    assert phases["n1 goes down"][4] == "0"
+    assert "No page was lost" in ended.stdout
 
 
 def test_demo_says_when_no_lab_can_be_made() -> None:
