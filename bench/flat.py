@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 import aiobind
 from aiobind.lab import Lab, available, isolate
 
-ROUNDS = 5
+ROUNDS, PORT = 5, 8080
 COUNTS = (1, 10, 100, 1000)
 ADDRESSES = (10, 100, 1000, 10_000)
 
@@ -34,7 +34,7 @@ POLICIES: dict[str, Callable[[list[str]], aiobind.Policy]] = {
 }
 
 SERVER = """
-import resource, socket, sys
+import socket, sys
 server = socket.socket(fileno=int(sys.argv[1]))
 while True:
     server.accept()[0].close()
@@ -46,54 +46,48 @@ def cpu() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-async def cost(sources: Sequence[str], policy: aiobind.Policy, target: tuple[str, int], connects: int) -> float:
-    """Return the microseconds of CPU time for each connect."""
-    async with aiobind.Connector(*sources, policy=policy) as connector:
-        rounds: list[float] = []
-        for _ in range(ROUNDS + 1):
+async def costs(connectors: Sequence[aiobind.Connector], target: tuple[str, int], connects: int) -> list[float]:
+    """Return the microseconds of CPU time for each connect, by each connector; they take turns, for noise."""
+    rounds: list[list[float]] = [[] for _ in connectors]
+    for turn in range(ROUNDS + 1):
+        for connector, taken in zip(connectors, rounds, strict=True):
             start = cpu()
             for _ in range(connects):
                 sock = await connector.connect(*target)
                 # A reset instead of TIME_WAIT, of which a kernel in a small machine soon has too many.
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
                 sock.close()
-            rounds.append((cpu() - start) / connects * 1e6)
-        return statistics.median(rounds[1:])
+            if turn:  # the first one warms up
+                taken.append((cpu() - start) / connects * 1e6)
+    for connector in connectors:
+        await connector.aclose()
+    return [statistics.median(taken) for taken in rounds]
 
 
-def row(name: str, values: Sequence[float]) -> None:
+def show(name: str, values: Sequence[float]) -> None:
     cells = [f"{value:7.0f} ({value / values[0]:4.2f})" for value in values]
     print(f"{name:<18}", *(f"{cell:>15}" for cell in cells), flush=True)
 
 
-async def main(lab: Lab, target: tuple[str, int], connects: int) -> None:
-    print(
-        f"µs of CPU for each connect and close, and the ratio to the first column; {type(asyncio.get_running_loop())}"
-    )
+async def main(lab: Lab, connects: int) -> None:
+    kind = type(asyncio.get_running_loop()).__module__.partition(".")[0]
+    print(f"µs of CPU for each connect and close, and the ratio to the first column; {kind}")
     print(f"\n{'sources':<18}", *(f"{count:>15,}" for count in COUNTS))
     addresses = [f"127.1.{at // 250}.{at % 250 + 1}" for at in range(COUNTS[-1])]
     lab.near.ip(*(f"address add {address}/32 dev lo" for address in addresses))
     for name, policy in POLICIES.items():
-        row(
-            name,
-            [
-                await cost(addresses[:count], policy(addresses[:count]), ("127.0.0.1", target[1]), connects)
-                for count in COUNTS
-            ],
-        )
-    print(f"\n{'addresses on n1':<18}", *(f"{count:>15,}" for count in ADDRESSES))
-    values: dict[str, list[float]] = {"if!n1": [], "ifhost!n1!...": [], "198.18.1.2": []}
-    there = 1
-    for count in ADDRESSES:
-        more = [f"address add 198.19.{at // 250}.{at % 250 + 1}/32 dev n1" for at in range(there, count)]
+        connectors = [aiobind.Connector(*addresses[:count], policy=policy(addresses[:count])) for count in COUNTS]
+        show(name, await costs(connectors, ("127.0.0.1", PORT), connects))
+
+    for nic, count in zip(lab.nics, ADDRESSES, strict=True):
+        subnet = int(nic.name[1:]) * 40
+        more = [f"address add 10.1.{subnet + at // 250}.{at % 250 + 1}/32 dev {nic.name}" for at in range(1, count)]
         for at in range(0, len(more), 1000):
             lab.near.ip(*more[at : at + 1000])
-        there = count
-        for name, costs in values.items():
-            source = name.replace("...", "198.18.1.2")
-            costs.append(await cost([source], aiobind.RoundRobin(), target, connects))
-    for name, each in values.items():
-        row(name, each)
+    print(f"\n{'addresses':<18}", *(f"{count:>15,}" for count in ADDRESSES))
+    for name in ("if!{0.name}", "ifhost!{0.name}!{0.v4}", "{0.v4}"):
+        connectors = [aiobind.Connector(name.format(nic)) for nic in lab.nics]
+        show(name.format(lab.nics[0]), await costs(connectors, (lab.target_v4, PORT), connects))
 
 
 if __name__ == "__main__":
@@ -109,11 +103,10 @@ if __name__ == "__main__":
         import uvloop
 
         runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
-    with Lab(nics=2) as lab:
-        target = (lab.target_v4, 8080)
+    with Lab(nics=len(ADDRESSES)) as lab:
         with lab.far:
-            far = socket.create_server(target, backlog=4096)
-        near = socket.create_server(("127.0.0.1", 8080), backlog=4096)
+            far = socket.create_server((lab.target_v4, PORT), backlog=4096)
+        near = socket.create_server(("127.0.0.1", PORT), backlog=4096)
         die_with_us = ctypes.CDLL(None).prctl
         servers = [
             subprocess.Popen(
@@ -125,7 +118,7 @@ if __name__ == "__main__":
         ]
         try:
             with runner:
-                runner.run(main(lab, target, options.connects))
+                runner.run(main(lab, options.connects))
         except KeyboardInterrupt:
             sys.exit(130)
         finally:
