@@ -125,3 +125,5 @@ if __name__ == "__main__":
             for server in servers:
                 server.kill()
                 server.wait()
+            far.close()
+            near.close()

@@ -6,16 +6,18 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-from aiobind import lab as aiobind_lab
+if TYPE_CHECKING:
+    from aiobind.lab import Lab
 
 BENCH = Path(__file__).parent.parent / "bench"
 
 
 @pytest.mark.parametrize("options", [[], ["--uvloop"]], ids=["asyncio", "uvloop"])
-def test_flat(lab: aiobind_lab.Lab, options: list[str]) -> None:
+def test_flat(lab: Lab, options: list[str]) -> None:
     command = [sys.executable, "-W", "error", str(BENCH / "flat.py"), "--connects", "2", *options]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
     assert (ended.returncode, ended.stderr) == (0, "")
