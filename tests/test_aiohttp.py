@@ -415,6 +415,21 @@ async def test_a_failing_source_gives_its_slot_back(server: Server) -> None:
         assert_free(client)
 
 
+async def test_who_waits_takes_the_first_source_that_has_room() -> None:
+    async with serving() as one, serving() as two, session(A, B, limit_per_source=1) as client:
+        first = asyncio.create_task(get(client, one.url("/hold")))
+        await until(lambda: one.sources == [A])
+        second = asyncio.create_task(get(client, two.url("/hold")))
+        await until(lambda: two.sources == [B])
+        third = asyncio.create_task(get(client, one.url("/pause")))  # it is A's turn
+        await asyncio.sleep(0.02)
+        two.go.set()
+        assert await asyncio.wait_for(third, 10) == B
+        one.go.set()
+        assert await together(first, second) == [A, B]
+        assert_free(client)
+
+
 async def test_slots_are_given_in_the_order_of_asking(server: Server) -> None:
     order: list[str] = []
     server.look = lambda request: order.append(request.path)
