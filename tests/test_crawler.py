@@ -728,4 +728,4 @@ def test_a_nic_is_pulled_in_the_middle_and_nothing_is_lost(
     assert {page["source"] for page in before} == {"if!n0", "if!n1", "if!n2"}
     assert sum(page["source"] == "if!n1" for page in meanwhile) < 50
     assert "; if!n1 down " in errors
-    assert sum(page["source"] == "if!n1" for page in after) > 50
+    assert sum(page["source"] == "if!n1" for page in after) > 10  # of a carrier the kernel tells up to a second late
