@@ -124,7 +124,11 @@ class Sourced:
             InvalidSource: *source* names no source.
             ValueError: it is none of this connector's; or *seconds* is negative or not finite.
         """
-        self._dialer.report(source, host, ok=ok, seconds=seconds)
+        self._dialer.report(source, self._place(host), ok=ok, seconds=seconds)
+
+    def _place(self, host: str) -> str:
+        """Return *host* as requests spell it."""
+        return host
 
     def stats(self) -> tuple[SourceStats, ...]:
         """Return the figures of each source; one from outside the list is there while it has connections.
@@ -324,6 +328,7 @@ class Connector(Sourced):
             sock.close()
             raise
         try:
+            sock.unfinished = True
             with handed_over(sock):
                 transport, _ = await asyncio.get_running_loop().create_connection(
                     lambda: protocol, sock=sock, ssl=ssl, server_hostname=server_hostname, **options
@@ -334,6 +339,7 @@ class Connector(Sourced):
             if not isinstance(error, OSError):
                 sock.close()
             raise
+        sock.unfinished = False
         return transport, protocol
 
     async def open_connection(
@@ -408,7 +414,9 @@ class Connector(Sourced):
                     route.leave(turn)
                     raise
                 else:
-                    route.leave_with(turn, sock)
+                    release = route.keep(turn)
+                    if release is not None:
+                        sock.register(release)
                     return sock
         finally:
             route.close()

@@ -18,6 +18,7 @@ import math
 import os
 import socket
 import time
+import weakref
 from functools import partial
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, TypeAlias
@@ -72,11 +73,21 @@ _TRIES_PER_TURN = 50
 
 #: An attempt that is given up after so many seconds without an answer has waited in vain.
 _SILENCE = 1.0
-#: Stands for a target, where a source hears nothing of the servers that another one hears of.
-_NAME_SERVERS = "name server"
-
 #: What ``direct`` decides: all is left to the routing table.
 _EXEMPT = Binding()
+
+
+def _weakly(reach: Reach) -> Reach:
+    # A look-up that held its dialer would keep it until the collector runs, with its policy and its netlink socket.
+    method = weakref.WeakMethod(reach)
+
+    async def ask(source: Source | None, target: Target, kind: int) -> BoundSocket:
+        alive = method()
+        if alive is None:
+            raise RuntimeError("the connector is gone")
+        return await alive(source, target, kind)
+
+    return ask
 
 
 class Dialer:
@@ -110,7 +121,7 @@ class Dialer:
         self._borrow = borrow
         self._direct = Exempt(direct) if direct else None
         self._system = SystemLookup(ttl)
-        self._lookup: Lookup = self._system if lookup is None else lookup(self.reach)
+        self._lookup: Lookup = self._system if lookup is None else lookup(_weakly(self.reach))
         self._planner = Planner(lookup=self._lookup, borrow=borrow, sticky_prefix=sticky_prefix)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
@@ -192,8 +203,8 @@ class Dialer:
     def _let_go(self, gone: list[BoundSocket], *, cut: bool) -> None:
         if self.on_lost is not None:
             self.on_lost(gone, cut)
-        if cut:
-            for sock in gone:
+        for sock in gone:
+            if cut or sock.unfinished:
                 sock.abort()
 
     # ── the list of sources ──
@@ -209,6 +220,7 @@ class Dialer:
         origin = self.roster.remove(source)
         self.limits.forget(origin)
         if not drain:
+            origin.cut = True
             self._let_go(origin.sockets, cut=True)
         return origin
 
@@ -234,12 +246,12 @@ class Dialer:
             source: the pin of this one call; it wins over ``use_source``.
             towards: what is connected to, as ``HOST:PORT``, where that is another one (a proxy).
         """
-        pin = pinned(self.scope) if source is None else parse_source(source)
+        pin, place = pinned(self.scope) if source is None else parse_source(source), place_of(host)
         if pin is not None:
-            turns = self.roster.only(pin)
+            order = partial(self.roster.only, pin)
         else:
-            turns = self.roster.order(place_of(host), towards or destination_of(host, port))
-        return Route(turns, self.limits, place_of(host))
+            order = partial(self.roster.order, place, towards or destination_of(host, port))
+        return Route(order, self.limits, place)
 
     # ── targets ──
 
@@ -262,22 +274,26 @@ class Dialer:
         """
         lookup = self._system if self._direct is not None and self._direct.names(host) else self._lookup
         began = time.monotonic()
+        # Each name is a target of its own: of one whose servers are dead nobody hears, and that is no source's fault.
+        asked = f"name server for {place_of(host)}"
         try:
             found = await lookup.find(host, via=origin.source, family=family, flags=flags)
         except (BindError, ResolveError) as error:  # it is the source that failed
             origin.failed(error)
+            for each in (socket.AF_INET, socket.AF_INET6):
+                self.roster.fails(origin, each, error)
             raise with_context(error, origin.source, destination_of(host, port)) from error.__cause__
         except socket.gaierror as error:
             if lookup.by_source and error.errno == socket.EAI_AGAIN:
                 origin.failed(error)
                 for each in (socket.AF_INET, socket.AF_INET6):
-                    self.roster.waits_in_vain(origin, each, _NAME_SERVERS, began, error)
+                    self.roster.waits_in_vain(origin, each, asked, began, error)
             text = f"the destination's name cannot be resolved: {error.strerror}"
             # Of what no name server has answered from here, another source may hear.
             source = origin.source if lookup.by_source and error.errno == socket.EAI_AGAIN else None
             raise unresolved(host, port, text, error.errno, source) from error
         if lookup.by_source:
-            self.roster.reaches(origin, 0, _NAME_SERVERS)
+            self.roster.reaches(origin, 0, asked)
         return found
 
     async def targets(
@@ -334,7 +350,7 @@ class Dialer:
             ConnectError: no target answered.
         """
         origin = turn.origin
-        if not origin.breakers or turn.forced:
+        if not origin.breakers or turn.forced or self._exempt(host, targets):
             return await self._dial(origin, host, targets, delay=delay, begun=begun)
         families, probes = self.roster.allowed(turn, {target.family for target in targets})
         if not families:
@@ -344,7 +360,7 @@ class Dialer:
         allowed = [target for target in targets if target.family in families]
         # A family that works waits for nobody.
         patience = self.roster.patience(origin) if len(probes) == len(families) else None
-        deadline = asyncio.timeout(patience)
+        deadline, began = asyncio.timeout(patience), time.monotonic()
         try:
             async with deadline:
                 return await self._dial(origin, host, allowed, delay=delay, begun=begun)
@@ -354,9 +370,14 @@ class Dialer:
             reason = f"it has failed before, and gets no answer within {patience:.1f} s"
             destination = destination_of(host, targets[0].port)
             failure = with_context(BindError(errno.ETIMEDOUT, reason), origin.source, destination)
-            origin.failed(failure)
-            for family in families & origin.breakers.keys():  # the other one has been answered meanwhile
-                self.roster.fails(origin, family, failure)
+            if time.monotonic() - began < _SILENCE:  # else the attempts have told so themselves
+                origin.failed(failure)
+            for target in allowed:
+                failed = origin.breakers.get(target.family)  # None: it has been answered meanwhile
+                if failed is not None and failed.failures:
+                    self.roster.fails(origin, target.family, failure)
+                elif failed is not None:  # its link is back, and nothing is known against it yet
+                    self.roster.waits_in_vain(origin, target.family, target, began, failure)
             raise failure from error
         finally:
             for breaker in probes:
@@ -397,20 +418,22 @@ class Dialer:
                 origin.failed(BindError(*refusals[0]))
                 origin.failed_at = time.monotonic()
             raise combined(source, destination, list(zip(bindings, errors, strict=True)), refusals)
+        if origin.cut:
+            sock.close()
+            raise with_context(BindError(errno.ENETDOWN, "it was removed meanwhile"), source, destination)
         sock.stood = self._planner.stands(sock)
         origin.opened(sock)
-        self._mind_ports(origin, sock, destination)
+        assert sock.target is not None
+        self._mind_ports(origin, sock.target, destination)
         return sock
 
-    def _mind_ports(self, origin: Origin, sock: BoundSocket, destination: str) -> None:
+    def _mind_ports(self, origin: Origin, target: Target, destination: str) -> None:
         """Past half of the ports for a target another source shall go first, for as long as it takes to free some."""
         if origin.source.__class__ is not Prefix and len(self.roster) > 1:
-            taken = origin.ports_to(str(sock.target))
             if self._port_count is None:
                 self._port_count = len(self._ports)
-            if taken > self._port_count // 2:
-                text = f"{taken:,} of its {self._port_count:,} ports for {sock.target} are taken"
-                self.roster.shun(origin, destination, BindError(errno.EADDRNOTAVAIL, text))
+            if origin.ports_to(target) > self._port_count // 2:
+                origin.scarce[destination] = target, self._port_count // 2
 
     async def reach(self, source: Source | None, target: Target, kind: int) -> BoundSocket:
         """Return a socket of *kind* connected to *target* from *source*, which no figure counts.
@@ -430,6 +453,10 @@ class Dialer:
         if isinstance(decision, Refusal):
             raise BindError(*decision)
         return await self._open(loop, target, decision, kind)
+
+    def _exempt(self, host: str, targets: Sequence[Target]) -> bool:
+        """Return whether all of *targets* are exempt from the source, and nothing that they do says anything of it."""
+        return self._direct is not None and all(self._direct.covers(host, target) for target in targets)
 
     async def _plan(self, source: Source, host: str, targets: Sequence[Target]) -> Sequence[Binding | Refusal]:
         if self._direct is None:
@@ -453,21 +480,24 @@ class Dialer:
             begun.append(target)
         source, began = origin.source, time.monotonic()
         exempt = binding == _EXEMPT  # what becomes of it says nothing about the source
+
+        def failed(error: OSError) -> None:
+            origin.failed(error)
+            if self._journal.reads_attempts:
+                self._journal.failed(source, str(target), error, time.monotonic() - began)
+            if not exempt:
+                self._judge(origin, target, destination, error, began)
+
         try:
             sock = await self._open(loop, target, binding)
         except asyncio.CancelledError:
             # Given up by a caller whose patience had an end, or because another target has answered. The first SYN is
             # repeated after a second (RFC 6298): from then on the silence means something.
             if time.monotonic() - began >= _SILENCE:
-                error: OSError = TimeoutError(errno.ETIMEDOUT, "no answer")
-                self._tell_failure(origin, target, error, began)
-                if not exempt:
-                    self._judge(origin, target, destination, error, began)
+                failed(TimeoutError(errno.ETIMEDOUT, "no answer"))
             raise
         except OSError as error:
-            self._tell_failure(origin, target, error, began)
-            if not exempt:
-                self._judge(origin, target, destination, error, began)
+            failed(error)
             raise
         seconds = time.monotonic() - began
         sock.target = target
@@ -496,11 +526,6 @@ class Dialer:
             self.roster.waits_in_vain(origin, target.family, target, began, error)
         elif error.errno in ANSWERS:
             self.roster.works(origin, target.family, target)
-
-    def _tell_failure(self, origin: Origin, target: Target, error: OSError, began: float) -> None:
-        origin.failed(error)
-        if self._journal.reads_attempts:
-            self._journal.failed(origin.source, str(target), error, time.monotonic() - began)
 
     async def _open(
         self, loop: asyncio.AbstractEventLoop, target: Target, binding: Binding, kind: int = socket.SOCK_STREAM

@@ -10,6 +10,7 @@ import errno
 import os
 import socket
 from contextlib import suppress
+from ipaddress import ip_address
 from typing import TYPE_CHECKING, Final
 
 from ._advice import advice
@@ -45,7 +46,13 @@ class NoPortError(BindError):
 
 
 def place_of(host: str) -> str:
-    """Return *host* as it is compared: without case and the dot of the root, and as it is asked for (IDNA)."""
+    """Return *host* as it is compared: without case and the dot of the root, and as it is asked for (IDNA).
+
+    An IPv6 address has one form, and no brackets.
+    """
+    if ":" in host:
+        with suppress(ValueError):
+            return str(ip_address(host.strip("[]")))
     if not host.isascii():
         with suppress(UnicodeError):
             host = host.encode("idna").decode()

@@ -100,6 +100,13 @@ class Timeouts(Generic[_Source]):
             self._waited.popitem(last=False)
         return False
 
+    def forget(self, source: _Source) -> None:
+        """Remember *source* no more."""
+        for waited in self._waited.values():
+            waited.pop(source, None)
+        for target in [target for target, (other, _) in self._reached.items() if other == source]:
+            del self._reached[target]
+
     def reached(self, source: _Source, target: Hashable, now: float) -> list[_Source]:
         """Note that *source* has reached *target*; return those who waited for it in vain by their own fault."""
         self._reached[target] = source, now

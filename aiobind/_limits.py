@@ -78,7 +78,6 @@ class Limits(Generic[O]):
         self._due = False
         self._lines: dict[tuple[frozenset[O], str], OrderedDict[asyncio.Future[O], int]] = {}
         self._arrivals = count()
-        self._wishes: tuple[tuple[O, ...], frozenset[O]] = (), frozenset()
         # Turns: who waits for one.
         self._pacing: dict[O, int] = {}
         self._patience: set[asyncio.Timeout] = set()
@@ -108,10 +107,7 @@ class Limits(Generic[O]):
             if self.take(source, host):
                 return source
         self._loop = asyncio.get_running_loop()
-        if self._wishes[0] is not sources:  # nearly always the same tuple
-            sources = tuple(sources)  # a list may be another one by the next time
-            self._wishes = sources, frozenset(sources)
-        key = self._wishes[1], host if self._per_host else ""
+        key = frozenset(sources), host if self._per_host else ""
         place: asyncio.Future[O] = self._loop.create_future()
         self._lines.setdefault(key, OrderedDict())[place] = next(self._arrivals)
         if self._ended:  # by another thread, which did not see this one waiting
@@ -231,7 +227,6 @@ class Limits(Generic[O]):
 
     def forget(self, source: O) -> None:
         """Keep nothing more for a *source* that was removed, but for what is held there and who waits."""
-        self._wishes = (), frozenset()
         self._by_source.forget(lambda key: key == source)
         self._by_host.forget(lambda key: key[0] == source)
 

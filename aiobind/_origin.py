@@ -21,6 +21,7 @@ from ._sources import Prefix
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from ._binding import Target
     from ._health import Breaker
     from ._sockets import BoundSocket, Traffic
     from ._sources import Source
@@ -86,6 +87,7 @@ class Origin:
         "connecting",
         "connections",
         "connects",
+        "cut",
         "down",
         "errors",
         "failed_at",
@@ -95,6 +97,7 @@ class Origin:
         "on_change",
         "ports",
         "removed",
+        "scarce",
         "source",
         "unpinned",
         "works",
@@ -115,9 +118,9 @@ class Origin:
         self.latency = LatencySketch()
         self.bytes_sent = self.bytes_received = 0
         #: local ports that are taken, by target; those in TIME_WAIT, with the time at which they are free again
-        self.ports: Counter[str] = Counter()
+        self.ports: Counter[Target] = Counter()
         self._has_ports = not isinstance(source, Prefix)
-        self._lingering: deque[tuple[float, str]] = deque()
+        self._lingering: deque[tuple[float, Target]] = deque()
         #: told of every change of a figure that a policy sees
         self.on_change: Callable[[Origin], object] | None = None
 
@@ -130,8 +133,12 @@ class Origin:
         self.works: set[int] = set()
         #: the hosts it is banned at, and the destinations for which it has no port left
         self.avoid: dict[str, Breaker] = {}
+        #: destinations for which more than half of its ports are taken, with the target and that half
+        self.scarce: dict[str, tuple[Target, int]] = {}
         #: it was taken from the list, and lives as long as its connections
         self.removed = False
+        #: without letting them end
+        self.cut = False
         #: a missing pin has been told of
         self.unpinned = False
 
@@ -152,8 +159,8 @@ class Origin:
         self.connections += 1
         self.connects += 1
         self._sockets[sock.fileno()] = sock
-        if self._has_ports:
-            self.ports[str(sock.target)] += 1
+        if self._has_ports and sock.target is not None:
+            self.ports[sock.target] += 1
         sock.register(self._ended)
         self.changed()
 
@@ -166,12 +173,11 @@ class Origin:
             sent, received, keeps_port = traffic
             self.bytes_sent += sent
             self.bytes_received += received
-        if self._has_ports:
-            key = str(sock.target)
+        if self._has_ports and sock.target is not None:
             if keeps_port:
-                self._lingering.append((time.monotonic() + _TIME_WAIT, key))
+                self._lingering.append((time.monotonic() + _TIME_WAIT, sock.target))
             else:
-                self._free(key)
+                self._free(sock.target)
         self.changed()
 
     def begins(self) -> None:
@@ -202,15 +208,18 @@ class Origin:
             except Exception:  # amid the end of a connection, or the cancellation of an attempt
                 _log.exception("the policy failed at a change of %s", self.source)
 
-    def ports_to(self, target: str) -> int:
+    def ports_to(self, target: Target) -> int:
         """Return how many local ports are taken towards *target*."""
+        self._purge()
+        return self.ports[target]
+
+    def _purge(self) -> None:
         now = time.monotonic()
         with suppress(IndexError):  # two threads ask, and the other one took it
             while self._lingering and self._lingering[0][0] <= now:
                 self._free(self._lingering.popleft()[1])
-        return self.ports[target]
 
-    def _free(self, target: str) -> None:
+    def _free(self, target: Target) -> None:
         self.ports[target] -= 1
         if self.ports[target] <= 0:
             del self.ports[target]
@@ -229,7 +238,8 @@ class Origin:
         if self.down is not None:
             return math.inf
         ends = [breaker.until for breaker in self.breakers.values() if breaker.suspended(now)]
-        if len(ends) < len(self.breakers) or not ends or any(family not in self.breakers for family in self.works):
+        failed = sum(breaker.failures > 0 for breaker in self.breakers.values())
+        if len(ends) < failed or not ends or any(family not in self.breakers for family in self.works):
             return None  # a family that works, or whose time has ended, is not held up by the other one
         return min(ends)
 
@@ -239,6 +249,16 @@ class Origin:
         if any(family not in self.breakers for family in self.works):
             return False
         return any(breaker.probing for breaker in self.breakers.values())
+
+    def is_short_of_ports(self, destination: str) -> bool:
+        """Return whether more than half of its ports for *destination* are taken."""
+        target, half = self.scarce.get(destination, (None, 0))
+        if target is None:
+            return False
+        if self.ports_to(target) > half:
+            return True
+        del self.scarce[destination]
+        return False
 
     def avoids(self, host: str, destination: str, now: float) -> float:
         """Return until when *host*, or *destination*, shall have another source; 0.0: it need not."""
@@ -257,7 +277,7 @@ class Origin:
             if traffic is not None:
                 sent += traffic[0]
                 received += traffic[1]
-        self.ports_to("")
+        self._purge()
         return SourceStats(
             self.source,
             self.connections,
@@ -270,5 +290,5 @@ class Origin:
             self.latency.quantile(0.99),
             sent,
             received,
-            {target: count for target, count in self.ports.copy().items() if count},
+            {str(target): count for target, count in self.ports.copy().items() if count},
         )

@@ -12,16 +12,18 @@ one of them fails or comes back, and the policy yields lazily.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import math
 import socket
 import time
 import weakref
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from ._errors import BindError
-from ._health import Breaker, Timeouts
+from ._health import LONGEST, Breaker, Timeouts
 from ._origin import Origin
 from ._policy import RoundRobin
 from ._sources import parse_source
@@ -33,7 +35,6 @@ if TYPE_CHECKING:
     from ._interfaces import InterfaceTable
     from ._limits import Limits
     from ._policy import Policy
-    from ._sockets import BoundSocket
     from ._sources import Source
 
 __all__ = ["Roster", "Route", "Turn"]
@@ -58,14 +59,16 @@ class Turn:
         origin: the source.
         forced: try it whatever it has failed at before.
         held_back: it was not tried, for what it has failed at before; set by who tries.
+        until: it is the worse choice until then, by ``time.monotonic()``; 0.0: it is not.
     """
 
-    __slots__ = ("forced", "held_back", "origin")
+    __slots__ = ("forced", "held_back", "origin", "until")
 
-    def __init__(self, origin: Origin, *, forced: bool = False) -> None:
+    def __init__(self, origin: Origin, *, forced: bool = False, until: float = 0.0) -> None:
         self.origin = origin
         self.forced = forced
         self.held_back = False
+        self.until = until
 
 
 class Roster:
@@ -129,6 +132,9 @@ class Roster:
         """The sources that the policy chooses from, in their order."""
         return tuple(self._listed.values())
 
+    def _lists(self, origin: Origin) -> bool:
+        return self._listed.get(origin.source) is origin
+
     @property
     def all(self) -> tuple[Origin, ...]:
         """Those, and those from outside the list that still have connections; any thread may ask."""
@@ -163,7 +169,7 @@ class Roster:
         if source in self._listed:
             raise ValueError(f"{source} is a source of this connector already")
         origin = self.guest(source)
-        origin.removed = False
+        origin.removed = origin.cut = False
         self._listed[source] = origin
         self._guests.pop(source, None)
         self._renew()
@@ -181,6 +187,7 @@ class Roster:
         del self._listed[origin.source]
         self._guests[origin.source] = origin
         origin.removed = True
+        self._timeouts.forget(origin)
         self._renew()
         return origin
 
@@ -201,6 +208,7 @@ class Roster:
         if now >= self._right_until:
             self._renew()
         turns: list[Turn] = []
+        scarce: list[Origin] = []
         avoiding: list[tuple[float, Origin]] = []
         ready = self._ready
         for origin in self._ordered(ready, host):
@@ -209,6 +217,9 @@ class Roster:
             if origin.avoid and (until := origin.avoids(host, destination, now)):
                 avoiding.append((until, origin))
                 continue
+            if origin.scarce and origin.is_short_of_ports(destination):
+                scarce.append(origin)
+                continue
             turn = Turn(origin)
             turns.append(turn)
             if origin.breakers and origin.is_being_probed:
@@ -216,10 +227,10 @@ class Roster:
             else:
                 yield turn
         avoiding.sort(key=_by_time)
-        for _, origin in avoiding:
+        for until, origin in [*((0.0, origin) for origin in scarce), *avoiding]:
             if origin.removed:
                 continue
-            turn = Turn(origin)
+            turn = Turn(origin, until=until)
             turns.append(turn)
             yield turn
         tried = {turn.origin for turn in turns if not turn.held_back}
@@ -231,7 +242,8 @@ class Roster:
         last += [origin for origin in self._ordered(others, host) if origin not in tried]
         for origin in sorted(dict.fromkeys(last), key=_by_failure):
             if not origin.removed:
-                yield Turn(origin, forced=True)
+                now = time.monotonic()
+                yield Turn(origin, forced=True, until=origin.suspended_until(now) or now + _PATIENCE)
 
     def _ordered(self, origins: tuple[Origin, ...], host: str) -> Iterable[Origin]:
         # A policy yields from what it was given.
@@ -282,6 +294,9 @@ class Roster:
         origin.works.add(family)
         if origin.breakers:
             breaker = origin.breakers.pop(family, None)
+            # What the other family has not failed at stood for the link alone, which works.
+            for other in [other for other in origin.breakers if not origin.breakers[other].failures]:
+                del origin.breakers[other]
             if breaker is not None:
                 if breaker.failures:
                     self._journal.recovered(origin.source)
@@ -298,7 +313,7 @@ class Roster:
             family: of the target; 0 for both.
             target: who has answered.
         """
-        if len(self._listed) < 2:
+        if len(self._listed) < 2 or not self._lists(origin):
             return
         for other in self._timeouts.reached(origin, target, time.monotonic()):
             error = BindError(errno.ETIMEDOUT, f"it reaches no {target}, and {origin.source} does")
@@ -308,8 +323,8 @@ class Roster:
     def fails(self, origin: Origin, family: int, error: OSError) -> None:
         """Note that *origin* has failed for a reason of its own."""
         now = origin.failed_at = time.monotonic()
-        if origin.down is not None:
-            return  # it is suspended until that is over
+        if origin.down is not None or not self._lists(origin):
+            return  # it is suspended until that is over; or it is pinned by somebody, and tried in any case
         origin.works.discard(family)
         breaker = origin.breakers.get(family)
         if breaker is None:
@@ -328,7 +343,9 @@ class Roster:
             began: when the attempt began, by ``time.monotonic()``.
             error: how it ended.
         """
-        if len(self._listed) > 1 and self._timeouts.timed_out(origin, target, began, time.monotonic()):
+        if len(self._listed) < 2 or not self._lists(origin):
+            return
+        if self._timeouts.timed_out(origin, target, began, time.monotonic()):
             self.fails(origin, family, error)
 
     def shun(
@@ -360,7 +377,7 @@ class Roster:
     def links_changed(self, table: InterfaceTable, *, borrow: bool) -> None:
         """Suspend the sources whose interface or address is away, until it is back."""
         changed, now = False, time.monotonic()
-        for origin in self._listed.values():
+        for origin in self.listed:  # as it is now: who is told may add and remove
             trouble = table.trouble(origin.source, borrow=borrow)
             if (trouble is None) == (origin.down is None):
                 continue
@@ -382,26 +399,39 @@ class Roster:
 class Route:
     """The sources for one connection, one after the other, each with its place under the limits."""
 
-    __slots__ = ("_full", "_host", "_late", "_limits", "_turns")
+    __slots__ = ("_full", "_host", "_late", "_limits", "_order", "_turns", "_worse")
 
-    def __init__(self, turns: Generator[Turn], limits: Limits[Origin], host: str) -> None:
-        self._turns = turns
+    def __init__(self, order: Callable[[], Generator[Turn]], limits: Limits[Origin], host: str) -> None:
+        self._order = order
+        self._turns = order()
         self._limits = limits
         self._host = host
         #: those that may not begin a connection now, by their rate; and those that have no room
         self._late: list[Turn] = []
         self._full: list[Turn] = []
+        #: one that is suspended or banned, while those wait
+        self._worse: Turn | None = None
 
     async def next(self) -> Turn | None:
         """Return the next source, or None. One with room goes before one without; where none has, wait for the first.
 
-        It is to be told how it went: `leave`, or `leave_with` the connection.
+        To wait for one that is healthy is better than to try one that is not, until the time of that one has come.
+
+        It is to be told how it went: `leave` or `keep`.
 
         Raises:
             RuntimeError: the connector was closed meanwhile.
         """
         limits, host = self._limits, self._host
-        for turn in self._turns:
+        while (turn := self._worse or next(self._turns, None)) is not None:
+            self._worse = None
+            if turn.until and (self._late or self._full):
+                self._worse = turn
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(min(turn.until - time.monotonic(), LONGEST)):
+                        return await self._wait()
+                turn.until = 0.0
+                continue
             if limits.paced and not limits.ready(turn.origin, host):
                 self._late.append(turn)
             elif not limits.limited or limits.take(turn.origin, host):
@@ -409,6 +439,10 @@ class Route:
                 return turn
             else:
                 self._full.append(turn)
+        return await self._wait()
+
+    async def _wait(self) -> Turn | None:
+        limits, host = self._limits, self._host
         while self._late:
             # Nobody can say which one is going to be first, but where the fewest wait it is soonest.
             turn = min(self._late, key=lambda turn: limits.waiting(turn.origin))
@@ -419,6 +453,11 @@ class Route:
         if not self._full:
             return None
         origin = await limits.wait([turn.origin for turn in self._full], host)
+        if origin.removed:  # meanwhile, and others may have come: order anew
+            limits.release(origin, host)
+            self._full.clear()
+            self._turns = self._order()
+            return await self.next()
         turn = next(turn for turn in self._full if turn.origin is origin)
         self._full.remove(turn)
         return self._last(turn)
@@ -434,12 +473,13 @@ class Route:
         if self._limits.limited:
             self._limits.release(turn.origin, self._host)
 
-    def leave_with(self, turn: Turn, sock: BoundSocket | None) -> None:
-        """Give the place of *turn* back when *sock* ends; or leave that to somebody else."""
+    def keep(self, turn: Turn) -> Callable[..., None] | None:
+        """Keep the place of *turn*: it has a connection. Return what gives it back, where there are limits."""
         turn.origin.has_ended()
-        if sock is not None and self._limits.limited:
-            release = partial(self._limits.release, turn.origin, self._host)
-            sock.register(lambda *_: release())
+        if not self._limits.limited:
+            return None
+        release = partial(self._limits.release, turn.origin, self._host)
+        return lambda *_: release()
 
     def close(self) -> None:
         """Ask for no more: a probe that is not under way leaves its chance to another connection."""

@@ -126,6 +126,8 @@ class BoundSocket(socket.socket):
     #: either has gone, so that it is not to be used again for now; and it was cut
     lost: bool = False
     cut: bool = False
+    #: TLS, or a proxy's tunnel, is being made: nobody uses it yet
+    unfinished: bool = False
     #: what the client library makes of it
     user: weakref.ref[object] | None = None
     _claim: Claim | None = None

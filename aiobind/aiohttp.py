@@ -20,6 +20,7 @@ import errno
 import socket
 import weakref
 from collections import Counter, defaultdict
+from contextlib import suppress
 from contextvars import ContextVar
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -27,6 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import aiohttp
 from aiohttp.abc import AbstractResolver
 from aiohttp.client_proto import ResponseHandler
+from yarl import URL
 
 from ._binding import Target
 from ._connector import Sourced, make_dialer
@@ -43,7 +45,6 @@ if TYPE_CHECKING:
     from aiohttp.client_reqrep import ClientRequest, ConnectionKey
     from aiohttp.connector import AddrInfoType, Connection
     from aiohttp.tracing import Trace
-    from yarl import URL
 
     from ._dial import Dialer
     from ._events import Event
@@ -306,6 +307,11 @@ class BoundTCPConnector(Sourced, aiohttp.TCPConnector):
         """How many connections of one source may be in use or being made; 0 for no limit."""
         return self._limit_per_source
 
+    def _place(self, host: str) -> str:
+        with suppress(ValueError):  # as aiohttp spells it: yarl goes by IDNA 2008
+            return URL.build(scheme="http", host=host.strip("[]")).raw_host or host
+        return host
+
     def _idle_of(self) -> Mapping[Source, int]:
         return Counter(key.origin.source for key, protocol in self._idle() if protocol.is_connected())
 
@@ -363,6 +369,10 @@ class BoundTCPConnector(Sourced, aiohttp.TCPConnector):
                     (held_back if turn.held_back else failures).append(error)
                     if not is_sources_fault(error.os_error):
                         break
+        except RuntimeError as error:
+            if not self.closed:
+                raise
+            raise aiohttp.ClientConnectionError("Connector is closed") from error
         finally:
             route.close()
         errors = failures or held_back
@@ -385,27 +395,19 @@ class BoundTCPConnector(Sourced, aiohttp.TCPConnector):
             route.leave(turn)
             raise
         turn.origin.handed_out()
-        route.leave_with(turn, None)  # `_release` does
+        route.keep(turn)  # `_release` gives it back
         sock = _sockets.get(cast("ResponseHandler", connection.protocol))
         if sock is None or not sock.lost:
             return connection
         # It was lost in the very moment in which it was made: nothing has been sent.
         connection.close()
-        source, destination = turn.origin.source, destination_of(req.url.raw_host or "", req.url.port or 0)
-        text = explained(source, destination, "its interface or address has gone since it connected")
-        error = BindError(errno.ENETDOWN, text, source=source, destination=destination)
-        raise aiohttp.ClientConnectorError(req.connection_key, error)
+        raise aiohttp.ClientConnectorError(req.connection_key, _gone(turn.origin.source, req.url))
 
     async def _next(self, route: Route, timeout: aiohttp.ClientTimeout) -> Turn | None:
         if not self._dialer.limits.limited:
             return await route.next()
-        try:
-            async with _deadline(timeout.connect):  # the wait for a place counts as aiohttp's own wait does
-                return await route.next()
-        except RuntimeError as error:
-            if not self.closed:
-                raise
-            raise aiohttp.ClientConnectionError("Connector is closed") from error
+        async with _deadline(timeout.connect):  # the wait for a place counts as aiohttp's own wait does
+            return await route.next()
 
     async def _get(self, key: Any, traces: list[Trace]) -> Connection | None:
         # aiohttp hands out an idle connection without a look at the limit: with one key for each host, one that is idle
@@ -438,11 +440,16 @@ class BoundTCPConnector(Sourced, aiohttp.TCPConnector):
         token = _dialling.set(dial)
         try:
             protocol = await super()._create_connection(sourced.request, traces, timeout)
+        except aiohttp.ClientError as error:
+            if dial.sock is None or not dial.sock.lost:
+                raise
+            # Amid the answer of a proxy, or its TLS.
+            raise aiohttp.ClientConnectorError(req.connection_key, _gone(dial.turn.origin.source, req.url)) from error
         finally:
             _dialling.reset(token)
         if dial.sock is not None:
             _sockets[protocol] = dial.sock
-            dial.sock.user = weakref.ref(protocol)
+            dial.sock.user, dial.sock.unfinished = weakref.ref(protocol), False
         return protocol
 
     async def _wrap_create_connection(  # type: ignore[override]
@@ -469,6 +476,7 @@ class BoundTCPConnector(Sourced, aiohttp.TCPConnector):
                         dial.sock = await self._dialer.dial(
                             dial.turn, req.url.raw_host or "", targets, delay=self._delay, begun=begun
                         )
+                        dial.sock.unfinished = True  # so that another source may still serve the request
                         with handed_over(dial.sock):
                             return await self._wrap_existing_connection(
                                 *args,
@@ -480,6 +488,8 @@ class BoundTCPConnector(Sourced, aiohttp.TCPConnector):
                             )
                 except (aiohttp.ClientConnectorError, TimeoutError) as error:
                     # As aiohttp does, on with the others: TLS failed at the one that was reached, or none was in time.
+                    if dial.sock is not None and dial.sock.lost:
+                        raise _gone(dial.turn.origin.source, req.url) from error
                     failure = error
                     done = begun if dial.sock is None else [dial.sock.target]
                     targets = [target for target in targets if done and target not in done]
@@ -508,6 +518,12 @@ def _on_lost(reference: weakref.ref[BoundTCPConnector], gone: list[BoundSocket],
     connector = reference()
     if connector is not None:
         connector._on_lost(gone, cut)  # noqa: SLF001 # pyright: ignore[reportPrivateUsage] - its own callback
+
+
+def _gone(source: Source, url: URL) -> BindError:
+    destination = destination_of(url.raw_host or "", url.port or 0)
+    text = explained(source, destination, "its interface or address has gone since it connected")
+    return BindError(errno.ENETDOWN, text, source=source, destination=destination)
 
 
 def _end(protocol: ResponseHandler) -> None:

@@ -279,9 +279,9 @@ def test_who_closes_first_keeps_the_port(
     end(sock, peer.accepted[-1])
     assert origin.stats().ports == ({str(peer): 1} if lingers else {})
     clock.now += 59.9
-    assert origin.ports_to(str(peer)) == lingers
+    assert origin.ports_to(peer.target) == lingers
     clock.now += 0.1
-    assert origin.ports_to(str(peer)) == 0
+    assert origin.ports_to(peer.target) == 0
     assert (origin.ports, len(origin._lingering)) == ({}, 0)
 
 
@@ -297,14 +297,14 @@ def test_ports_are_counted_for_each_target(clock: Clock, make_peer: Callable[...
     assert origin.stats().ports == {str(one): 3, str(two): 2}
     clock.now += 30  # the first one's minute is over
     assert origin.stats().ports == {str(one): 2, str(two): 2}
-    assert origin.ports_to(str(one)) == 2
+    assert origin.ports_to(one.target) == 2
     clock.now += 30
     assert origin.stats().ports == {str(one): 1, str(two): 1}
     open_one.pop().close()
     open_two.pop().close()
     clock.now += 60
     assert origin.stats().ports == {}
-    assert origin.ports_to("192.0.2.1:1") == 0
+    assert origin.ports_to(Target.of(ip_address("192.0.2.1"), 1)) == 0
     assert origin.ports == {}  # to ask is not to count
 
 
@@ -329,7 +329,7 @@ def test_two_who_free_the_same_port_at_once(clock: Clock, peer: Peer) -> None:
 
     origin._lingering = Raced(lingering)
     clock.now += 60
-    assert origin.ports_to(str(peer)) == 1  # which the other one is about to free
+    assert origin.ports_to(peer.target) == 1  # which the other one is about to free
 
 
 # ── failures ──
@@ -366,7 +366,7 @@ def test_figures_are_of_their_moment(peer: Peer) -> None:
 
 def breaker(until: float, *, probing: bool = False) -> Breaker:
     made = Breaker()
-    made.until, made.probing = until, probing
+    made.until, made.probing, made.failures = until, probing, 1
     return made
 
 
