@@ -48,6 +48,7 @@ def make_dialer(
     """Return the dialer of a connector, by the options that all connectors have in common."""
     if fast_connect:
         raise NotImplementedError("fast_connect=True is not available yet; leave it at its default")
+    ttl = seconds("ttl_dns_cache", ttl)
     options["limits"] = Limits[Origin](
         connections=limit_per_source,
         connections_per_host=limit_per_source_host,
@@ -64,6 +65,17 @@ def make_dialer(
 
     servers = None if dns == "source" else dns
     return Dialer(sources, ttl=ttl, lookup=lambda reach: SourceLookup(reach, servers, ttl=ttl), **options)
+
+
+def seconds(option: str, value: float | None) -> float | None:
+    """Return *value*, a time or None."""
+    if value is None:
+        return None
+    if not isinstance(value, (int, float)) or isinstance(value, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"{option} is a number of seconds, or None, not {value!r}")
+    if not value >= 0:
+        raise ValueError(f"{option} is a number of seconds, 0 or more, or None, not {value}")
+    return value
 
 
 class Sourced:
@@ -114,7 +126,7 @@ class Sourced:
         Everything else from *source* goes on. Where all sources are banned, the one whose ban ends first is used.
 
         Args:
-            source: one of this connector's.
+            source: one of this connector's, or one from outside that has connections.
             host: the destination.
             ok: True: it is not banned any more.
             seconds: for how long, as in ``Retry-After``; default: half a minute, and twice as long each further time,
@@ -122,7 +134,9 @@ class Sourced:
 
         Raises:
             InvalidSource: *source* names no source.
-            ValueError: it is none of this connector's; or *seconds* is negative or not finite.
+            TypeError: the host is no text, or *seconds* no number.
+            ValueError: the source is none of this connector's; the host is empty or a URL; or *seconds* is negative or
+                not finite.
         """
         self._dialer.report(source, self._place(host), ok=ok, seconds=seconds)
 
@@ -226,6 +240,7 @@ class Connector(Sourced):
         sticky_prefix: bool = False,
         on_event: Callable[[Event], object] | None = None,
     ) -> None:
+        self._delay = seconds("happy_eyeballs_delay", happy_eyeballs_delay)
         self._dialer = make_dialer(
             sources,
             policy=policy,
@@ -245,7 +260,6 @@ class Connector(Sourced):
             sticky_prefix=sticky_prefix,
             on_event=on_event,
         )
-        self._delay = happy_eyeballs_delay
 
     def __repr__(self) -> str:
         return f"Connector({', '.join(repr(str(origin.source)) for origin in self._dialer.roster.listed)})"

@@ -180,7 +180,8 @@ class Dialer:
         """Have the roster take notice, and see to the connections whose interface or address has gone."""
         if self._closed:
             return
-        self.roster.links_changed(table, borrow=self._borrow)
+        if self.roster.links_changed(table, borrow=self._borrow):
+            self.limits.reconsider()
         if not lost and not self._fallen:
             return
         gone: list[BoundSocket] = []
@@ -212,6 +213,7 @@ class Dialer:
     def add(self, source: str | Source) -> None:
         """Choose from *source* as well."""
         self.roster.add(source)
+        self.limits.reconsider()
         if self._loop is not None and not self._closed:
             self._listen()
 
@@ -219,6 +221,7 @@ class Dialer:
         """Choose *source* no more; unless *drain*, cut its connections."""
         origin = self.roster.remove(source)
         self.limits.forget(origin)
+        self.limits.reconsider()
         if not drain:
             origin.cut = True
             self._let_go(origin.sockets, cut=True)
@@ -226,10 +229,16 @@ class Dialer:
 
     def report(self, source: str | Source, host: str, *, ok: bool, seconds: float | None) -> None:
         """Let other sources go to *host* for a while, or this one again."""
-        origin = self.roster.find(source)
+        if not isinstance(host, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"the host must be a text, not {type(host).__name__}")
+        if not host or "/" in host:
+            raise ValueError(f"the host must be a name or an address, not {host!r}")
+        origin = self.roster.find(source, guests=True)
         if ok:
             self.roster.accept(origin, place_of(host))
         else:
+            if seconds is not None and not isinstance(seconds, (int, float)):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise TypeError(f"seconds is a number, as in seconds=60, not {seconds!r}")
             if seconds is not None and not 0 <= seconds < math.inf:
                 raise ValueError(f"seconds is how long the ban lasts, 0 or more, not {seconds}")
             error = OSError(errno.EACCES, "reported as banned there")

@@ -172,12 +172,18 @@ def is_sources_fault(error: OSError) -> bool:
     return isinstance(error, BindError)
 
 
+#: So many sources are named in the message of an error; its attempts, or its cause, have them all.
+_TOLD = 20
+
+
 def merged(failures: Sequence[AiobindError]) -> AiobindError:
     """Return the one error for a destination that several sources failed to reach, the first one's errno kept."""
     first = failures[0]
     if len(failures) == 1:
         return first
-    causes = "; ".join(f"from {shown(str(failure.source))}: {_cause(failure)}" for failure in failures)
+    causes = "; ".join(f"from {shown(str(failure.source))}: {_cause(failure)}" for failure in failures[:_TOLD])
+    if len(failures) > _TOLD:
+        causes += f"; and from {len(failures) - _TOLD:,} others"
     message = f"connect to {first.destination} failed from each source tried: {causes}"
     attempts = [
         attempt

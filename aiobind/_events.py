@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 from ._errors import shown
@@ -30,7 +31,8 @@ class Event(NamedTuple):
 
     Attributes:
         kind: ``"connected"`` or ``"failed"`` (an attempt, which need not be the whole connection), ``"suspended"`` or
-            ``"recovered"`` (the source), ``"unpinned"`` (``strict=False``: a connection was made without the pin).
+            ``"recovered"`` (the source), ``"unpinned"`` (``strict=False``: a connection was made without the pin). A
+            suspension at one destination ends by its time, of which nobody is told, or by ``report(ok=True)``.
         source: the source.
         destination: the address and port of an attempt; the host, where only that one is concerned.
         error: why it failed, or was suspended.
@@ -50,9 +52,14 @@ class Journal:
 
     Args:
         on_event: is called on the event loop with each; what it raises is logged, and harms nobody.
+
+    Raises:
+        TypeError: it cannot be called, or is a coroutine function, which nobody would await.
     """
 
     def __init__(self, on_event: Callable[[Event], object] | None) -> None:
+        if on_event is not None and (not callable(on_event) or iscoroutinefunction(on_event)):
+            raise TypeError(f"on_event is a plain function of one Event, not {on_event!r}")
         self._on_event = on_event
 
     @property

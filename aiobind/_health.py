@@ -49,17 +49,18 @@ class Breaker:
             error: why.
             seconds: for so long, where somebody knows better.
         """
-        if now < self.until and seconds is None:
+        if seconds is not None:
+            self.error, self.until = error, max(self.until, now + seconds)
+            return True
+        if now < self.until:
             return False
         if now - self.until > self._longest:
             self.failures = 0  # it has been all right for a long time
         self.error = error
-        if seconds is None:
-            seconds = min(self._first * 2.0 ** min(self.failures, 60), self._longest)
-            # Up to half of it less, lest all that failed together come back together.
-            seconds *= random.uniform(0.5, 1.0)
+        # Up to half of it less, lest all that failed together come back together.
+        length = min(self._first * 2.0 ** min(self.failures, 60), self._longest) * random.uniform(0.5, 1.0)
         self.failures += 1
-        self.until = now + seconds
+        self.until = now + length
         return True
 
     def suspended(self, now: float) -> bool:

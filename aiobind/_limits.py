@@ -76,7 +76,7 @@ class Limits(Generic[O]):
         self._held_at: dict[tuple[O, str], int] = {}
         self._ended: deque[tuple[O, str]] = deque()
         self._due = False
-        self._lines: dict[tuple[frozenset[O], str], OrderedDict[asyncio.Future[O], int]] = {}
+        self._lines: dict[tuple[frozenset[O], str], OrderedDict[asyncio.Future[O | None], int]] = {}
         self._arrivals = count()
         # Turns: who waits for one.
         self._pacing: dict[O, int] = {}
@@ -93,8 +93,10 @@ class Limits(Generic[O]):
         self._enter(source, host)
         return True
 
-    async def wait(self, sources: Sequence[O], host: str) -> O:
+    async def wait(self, sources: Sequence[O], host: str) -> O | None:
         """Take a place for a connection to *host* at one of *sources*, as soon as there is one; return that source.
+
+        None: take none, and choose again (`reconsider`).
 
         Raises:
             ValueError: there are no *sources*.
@@ -103,20 +105,21 @@ class Limits(Generic[O]):
         self._check_open()
         if not sources:
             raise ValueError("no source to wait for")
-        for source in sources:
-            if self.take(source, host):
-                return source
+        for free in sources:
+            if self.take(free, host):
+                return free
         self._loop = asyncio.get_running_loop()
         key = frozenset(sources), host if self._per_host else ""
-        place: asyncio.Future[O] = self._loop.create_future()
+        place: asyncio.Future[O | None] = self._loop.create_future()
         self._lines.setdefault(key, OrderedDict())[place] = next(self._arrivals)
         if self._ended:  # by another thread, which did not see this one waiting
             self._settle()
         try:
             source = await place
         except asyncio.CancelledError:
-            if not place.cancelled() and place.exception() is None:  # cancelled when it had just been given
-                self.release(place.result(), host)
+            # Cancelled when it had just been given.
+            if not place.cancelled() and place.exception() is None and (given := place.result()) is not None:
+                self.release(given, host)
             raise
         finally:
             line = self._lines.get(key)
@@ -125,9 +128,17 @@ class Limits(Generic[O]):
                 if not line:
                     del self._lines[key]
         if self._closed:
-            self.release(source, host)
+            if source is not None:
+                self.release(source, host)
             self._check_open()
         return source
+
+    def reconsider(self) -> None:
+        """Have all who wait for a place choose again, in their order: the sources are not what they were."""
+        waiting = [entry for line in self._lines.values() for entry in line.items()]
+        for place, _ in sorted(waiting, key=lambda entry: entry[1]):
+            if not place.done():
+                place.set_result(None)
 
     def release(self, source: O, host: str) -> None:
         """Give a place back. From any thread."""

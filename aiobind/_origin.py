@@ -160,6 +160,7 @@ class Origin:
         self.connects += 1
         self._sockets[sock.fileno()] = sock
         if self._has_ports and sock.target is not None:
+            self._purge()
             self.ports[sock.target] += 1
         sock.register(self._ended)
         self.changed()

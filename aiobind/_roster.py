@@ -46,6 +46,9 @@ _PATIENCE = 0.4
 _BAN, _LONGEST_BAN = 30.0, 3600.0
 _FAMILIES = (socket.AF_INET, socket.AF_INET6)
 
+#: So many sources are tried in one turn of the loop.
+_PER_TURN = 20
+
 #: So many hosts to avoid are remembered for each source, before those whose time is over are forgotten.
 _AVOIDED = 1000
 
@@ -93,6 +96,10 @@ class Roster:
             raise TypeError("name at least one source, for example 'if!eth0' or '192.0.2.7'")
         self._pooled = pooled
         self._journal = journal
+        if isinstance(policy, type) or (policy is not None and not callable(getattr(policy, "order", None))):
+            raise TypeError(
+                f"policy is an object with a method order, as in policy=aiobind.RoundRobin(), not {policy!r}"
+            )
         self._policy: Policy = RoundRobin() if policy is None else policy
         self._told: Callable[[Origin], object] | None = getattr(self._policy, "changed", None)
         listed = {source: self._new(source) for source in map(parse_source, sources)}
@@ -141,13 +148,14 @@ class Roster:
         guests = [guest for reference in self._guests.valuerefs() if (guest := reference()) and guest.connections]
         return (*self._listed.copy().values(), *guests)
 
-    def find(self, source: str | Source) -> Origin:
-        """Return the listed *source*.
+    def find(self, source: str | Source, *, guests: bool = False) -> Origin:
+        """Return the listed *source*; with *guests* also one from outside the list that has connections.
 
         Raises:
             ValueError: it is not in the list.
         """
-        origin = self._listed.get(parse_source(source))
+        key = parse_source(source)
+        origin = self._listed.get(key) or (self._guests.get(key) if guests else None)
         if origin is None:
             raise ValueError(f"{source} is no source of this connector (it has {', '.join(map(str, self._listed))})")
         return origin
@@ -172,7 +180,7 @@ class Roster:
         origin.removed = origin.cut = False
         self._listed[source] = origin
         self._guests.pop(source, None)
-        self._renew()
+        self._change()
         return origin
 
     def remove(self, source: str | Source) -> Origin:
@@ -188,7 +196,7 @@ class Roster:
         self._guests[origin.source] = origin
         origin.removed = True
         self._timeouts.forget(origin)
-        self._renew()
+        self._change()
         return origin
 
     # ── the order ──
@@ -233,8 +241,14 @@ class Roster:
             turn = Turn(origin, until=until)
             turns.append(turn)
             yield turn
+        yield from self._last(host, ready, turns)
+
+    def _last(self, host: str, ready: tuple[Origin, ...], turns: Sequence[Turn]) -> Generator[Turn]:
+        """Yield those that were not *ready*, and those held back at their turn, whatever they have failed at."""
         tried = {turn.origin for turn in turns if not turn.held_back}
         last = [turn.origin for turn in turns if turn.held_back]
+        if time.monotonic() >= self._right_until:
+            self._renew()
         others = self._suspended
         if self._ready is not ready:  # some of those that were not may be ready by now: they are to be tried as well
             known = frozenset(ready)
@@ -248,6 +262,10 @@ class Roster:
     def _ordered(self, origins: tuple[Origin, ...], host: str) -> Iterable[Origin]:
         # A policy yields from what it was given.
         return cast("Iterable[Origin]", self._policy.order(origins, host)) if origins else ()
+
+    def _change(self) -> None:
+        """Have the next one who asks tell them apart anew."""
+        self._right_until = 0.0
 
     def _renew(self) -> None:
         """Tell those that are ready from those that are not, and until when that is right."""
@@ -300,9 +318,9 @@ class Roster:
             if breaker is not None:
                 if breaker.failures:
                     self._journal.recovered(origin.source)
-                self._renew()
+                self._change()
             elif new:  # the other one holds it up no more
-                self._renew()
+                self._change()
         self.reaches(origin, family, target)
 
     def reaches(self, origin: Origin, family: int, target: Hashable) -> None:
@@ -331,7 +349,7 @@ class Roster:
             breaker = origin.breakers[family] = Breaker()
         if breaker.failed(now, error):
             self._journal.suspended(origin.source, error, breaker.until - now)
-        self._renew()
+        self._change()
 
     def waits_in_vain(self, origin: Origin, family: int, target: Hashable, began: float, error: OSError) -> None:
         """Note that *origin* got no answer from *target*, which may be the fault of either.
@@ -364,7 +382,9 @@ class Roster:
         breaker = origin.avoid.get(place)
         if breaker is None:
             if len(origin.avoid) >= _AVOIDED:
-                origin.avoid = {key: old for key, old in origin.avoid.items() if old.suspended(now)}
+                # Those whose time is over first; a quarter at once, so that it is not done for each new one.
+                kept = sorted(origin.avoid.items(), key=lambda entry: entry[1].until)[_AVOIDED // 4 :]
+                origin.avoid = {key: old for key, old in kept if old.suspended(now)}
             breaker = origin.avoid[place] = Breaker(_BAN, _LONGEST_BAN) if banned else Breaker()
         if breaker.failed(now, error, seconds=seconds):
             self._journal.suspended(origin.source, error, breaker.until - now, place)
@@ -374,8 +394,8 @@ class Roster:
         if origin.avoid.pop(place, None) is not None:
             self._journal.recovered(origin.source, place)
 
-    def links_changed(self, table: InterfaceTable, *, borrow: bool) -> None:
-        """Suspend the sources whose interface or address is away, until it is back."""
+    def links_changed(self, table: InterfaceTable, *, borrow: bool) -> bool:
+        """Suspend the sources whose interface or address is away, until it is back; return whether any is affected."""
         changed, now = False, time.monotonic()
         for origin in self.listed:  # as it is now: who is told may add and remove
             trouble = table.trouble(origin.source, borrow=borrow)
@@ -393,13 +413,14 @@ class Roster:
                 origin.breakers = {family: Breaker() for family in _FAMILIES}
                 self._journal.recovered(origin.source)
         if changed:
-            self._renew()
+            self._change()
+        return changed
 
 
 class Route:
     """The sources for one connection, one after the other, each with its place under the limits."""
 
-    __slots__ = ("_full", "_host", "_late", "_limits", "_order", "_turns", "_worse")
+    __slots__ = ("_count", "_full", "_host", "_late", "_limits", "_order", "_turns", "_worse")
 
     def __init__(self, order: Callable[[], Generator[Turn]], limits: Limits[Origin], host: str) -> None:
         self._order = order
@@ -411,6 +432,7 @@ class Route:
         self._full: list[Turn] = []
         #: one that is suspended or banned, while those wait
         self._worse: Turn | None = None
+        self._count = 0
 
     async def next(self) -> Turn | None:
         """Return the next source, or None. One with room goes before one without; where none has, wait for the first.
@@ -423,6 +445,9 @@ class Route:
             RuntimeError: the connector was closed meanwhile.
         """
         limits, host = self._limits, self._host
+        self._count += 1
+        if not self._count % _PER_TURN:
+            await asyncio.sleep(0)  # a thousand that fail at once shall not hold the loop
         while (turn := self._worse or next(self._turns, None)) is not None:
             self._worse = None
             if turn.until and (self._late or self._full):
@@ -443,19 +468,21 @@ class Route:
 
     async def _wait(self) -> Turn | None:
         limits, host = self._limits, self._host
+        # Nobody can say which one is going to be first, but where the fewest wait it is soonest.
+        self._late.sort(key=lambda turn: limits.waiting(turn.origin), reverse=True)
         while self._late:
-            # Nobody can say which one is going to be first, but where the fewest wait it is soonest.
-            turn = min(self._late, key=lambda turn: limits.waiting(turn.origin))
-            self._late.remove(turn)
+            turn = self._late.pop()
             if not limits.limited or limits.take(turn.origin, host):
                 return self._last(turn)
             self._full.append(turn)
         if not self._full:
             return None
         origin = await limits.wait([turn.origin for turn in self._full], host)
-        if origin.removed:  # meanwhile, and others may have come: order anew
-            limits.release(origin, host)
+        if origin is None or origin.removed:  # the sources are not what they were: order anew
+            if origin is not None:
+                limits.release(origin, host)
             self._full.clear()
+            self._worse = None
             self._turns = self._order()
             return await self.next()
         turn = next(turn for turn in self._full if turn.origin is origin)

@@ -31,7 +31,7 @@ from aiohttp.client_proto import ResponseHandler
 from yarl import URL
 
 from ._binding import Target
-from ._connector import Sourced, make_dialer
+from ._connector import Sourced, make_dialer, seconds
 from ._errors import AiobindError, BindError, ResolveError, explained, is_sources_fault, merged
 from ._faults import destination_of, place_of
 from ._race import interleave
@@ -249,6 +249,7 @@ class BoundTCPConnector(Sourced, aiohttp.TCPConnector):
                 raise TypeError(f"{name} is not taken here: the source names the local end, as in '192.0.2.7'")
         if dns != "system" and resolver is not None:
             raise ValueError("dns= and resolver= both say how names are looked up: give one")
+        self._delay = seconds("happy_eyeballs_delay", happy_eyeballs_delay)
         # First, so that a wrong source leaves no half-made connector behind.
         self._dialer = make_dialer(
             sources,
@@ -273,18 +274,21 @@ class BoundTCPConnector(Sourced, aiohttp.TCPConnector):
         self._caches_names = use_dns_cache
         if resolver is None:
             resolver = _SystemResolver() if dns == "system" else _SourceResolver(self._dialer)
-        self._delay = happy_eyeballs_delay
         self._first_family_count = interleave or 1
         self._limit_per_source = limit_per_source
-        super().__init__(
-            happy_eyeballs_delay=happy_eyeballs_delay,
-            interleave=interleave,
-            # aiohttp's cache knows of no sources; the one that does is `aiobind.dns`'s own.
-            use_dns_cache=use_dns_cache and dns == "system",
-            ttl_dns_cache=ttl_dns_cache,
-            resolver=resolver,
-            **keywords,
-        )
+        try:
+            super().__init__(
+                happy_eyeballs_delay=happy_eyeballs_delay,
+                interleave=interleave,
+                # aiohttp's cache knows of no sources; the one that does is `aiobind.dns`'s own.
+                use_dns_cache=use_dns_cache and dns == "system",
+                ttl_dns_cache=ttl_dns_cache,
+                resolver=resolver,
+                **keywords,
+            )
+        except BaseException:
+            self._dialer.close()  # the policy is free again
+            raise
         self._acquired_per_host = _PerHost(set)
         # Weakly: a forgotten connector is to be gone at once.
         self._dialer.on_lost = partial(_on_lost, weakref.ref(self))

@@ -1,8 +1,18 @@
-"""Reproductions: each fails on the tree as it is."""
+"""Cases in which several rules meet: limits and bans, flaps and probes, TLS and links, removals and waiting."""
 
 from __future__ import annotations
-import asyncio, errno, contextlib, gc, socket, ssl, time
-import aiohttp, aiolimiter, pytest
+
+import asyncio
+import contextlib
+import errno
+import socket
+import ssl
+import time
+
+import aiohttp
+import aiolimiter  # noqa: F401 - reads its version from a file when it is first imported
+import pytest
+
 import aiobind
 from aiobind.aiohttp import BoundTCPConnector
 
@@ -32,8 +42,7 @@ def origin(c, text):
 
 
 async def test_banned_source_waits_for_full_one():
-    """R1a: A full, B banned at the host: the request rides on B."""
-    async with server() as (port, peers):
+    async with server() as (port, _peers):
         c = aiobind.Connector(A, B, limit_per_source=1, policy=aiobind.Failover())
         first = await c.connect("127.0.0.1", port)
         c.report(B, host="127.0.0.1", seconds=60)
@@ -43,8 +52,7 @@ async def test_banned_source_waits_for_full_one():
 
 
 async def test_late_source_goes_before_banned_one():
-    """R1b: the same with a rate: A could go in 0.1 s."""
-    async with server() as (port, peers):
+    async with server() as (port, _peers):
         c = aiobind.Connector(A, B, rate_per_source=10, policy=aiobind.Failover())
         c.report(B, host="127.0.0.1", seconds=60)
         for _ in range(2):
@@ -53,7 +61,6 @@ async def test_late_source_goes_before_banned_one():
 
 
 async def test_suspended_black_hole_is_not_tried_while_the_healthy_one_is_full(lab):
-    """R1c: n1 swallows everything and is suspended; n0 is full for 0.2 s. The request hangs in n1."""
     lab.far.ip("route add blackhole 198.18.1.2/32")
 
     async def far_server():
@@ -77,7 +84,6 @@ async def test_suspended_black_hole_is_not_tried_while_the_healthy_one_is_full(l
 
 
 async def test_on_event_may_remove(lab):
-    """R2: to remove a source as soon as it is told to be suspended."""
     told = []
 
     def on_event(e):
@@ -98,7 +104,6 @@ async def test_on_event_may_remove(lab):
 
 
 async def test_direct_says_nothing_of_the_source(lab):
-    """R3: a probe to an exempt target that is silent suspends the source."""
     lab.far.ip("route add blackhole 198.18.0.2/32")  # nobody answers
     c = aiobind.Connector("if!n0", "if!n1", direct=(lab.target_v4,), policy=aiobind.Failover())
     c._dialer.enter()
@@ -113,14 +118,12 @@ async def test_direct_says_nothing_of_the_source(lab):
         async with asyncio.timeout(0.8):
             await c._dialer.dial(turn, lab.target_v4, targets, delay=None)
     except (TimeoutError, aiobind.AiobindError) as e:
-        print(repr(e))
     assert not c.stats()[1].failures
     assert not any(b.failures for b in origin(c, "if!n1").breakers.values())
 
 
 async def test_removed_while_waiting():
-    """R4: a request that waits for a place leaves from a source that was removed meanwhile."""
-    async with server() as (port, peers):
+    async with server() as (port, _peers):
         c = aiobind.Connector(A, limit_per_source=1)
         first = await c.connect("127.0.0.1", port)
         waiting = asyncio.create_task(c.connect("127.0.0.1", port))
@@ -133,7 +136,6 @@ async def test_removed_while_waiting():
 
 
 async def test_pace_and_close():
-    """R5: who waits for its turn when the session is closed gets RuntimeError instead of aiohttp's error."""
 
     async def http(r, w):
         with contextlib.suppress(OSError, asyncio.IncompleteReadError):
@@ -162,15 +164,14 @@ async def test_pace_and_close():
     ],
 )
 async def test_report_names_the_same_host(reported, asked):
-    """R6"""
-    c = aiobind.Connector(A, B, policy=aiobind.Failover())
+    c = BoundTCPConnector(A, B, policy=aiobind.Failover())
     c.report(A, host=reported)
     first = next(iter(c._dialer.route(asked, 80)._turns))
     assert str(first.origin.source) == B
+    await c.close()
 
 
 async def test_tls_handshake_moves_on_with_its_link(lab):
-    """R7: the link goes amid the TLS handshake: nothing of the request was sent, another source could."""
     with lab.far:
         s = socket.create_server(("0.0.0.0", 443))
     s.setblocking(False)
@@ -178,7 +179,7 @@ async def test_tls_handshake_moves_on_with_its_link(lab):
     async with aiohttp.ClientSession(connector=c) as session:
         task = asyncio.create_task(session.get(f"https://{lab.target_v4}/", ssl=False))
         loop = asyncio.get_running_loop()
-        one, peer1 = await loop.sock_accept(s)
+        one, _peer1 = await loop.sock_accept(s)
         await loop.sock_recv(one, 1)
         lab.near.ip("link set n0 down")
         try:
@@ -194,7 +195,6 @@ async def test_tls_handshake_moves_on_with_its_link(lab):
 
 
 async def test_no_slow_path_after_a_flap(lab):
-    """R9: after a flap the family that is never used keeps its breaker, and each connect the slow path, forever."""
     with lab.far:
         s = socket.create_server(("0.0.0.0", 8080))
     c = aiobind.Connector("if!n0", "if!n1", policy=aiobind.Failover())
@@ -209,23 +209,7 @@ async def test_no_slow_path_after_a_flap(lab):
     s.close()
 
 
-async def test_dns_source_failure_suspends(lab):
-    """R8: with dns= the source's own failure to ask (no way to the server) never suspends it."""
-    lab.near.ip("rule add from 198.18.1.2 unreachable")
-    events = []
-    c = aiobind.Connector(
-        "198.18.1.2", "if!n0", dns=("203.0.113.80",), policy=aiobind.Failover(), on_event=events.append
-    )
-    for _ in range(2):
-        with contextlib.suppress(aiobind.AiobindError, TimeoutError):
-            async with asyncio.timeout(1):
-                await c.connect("x.example", 80)
-    print(c.stats()[0])
-    assert c.stats()[0].failures.get("ENETUNREACH", 0) + c.stats()[0].failures.get("EHOSTUNREACH", 0) <= 1
-
-
 async def test_suspended_after_a_flap_is_suspended(lab):
-    """R9b: after a flap, with IPv4 alone, a failing source is told to be suspended and stays among the ready ones."""
     c = aiobind.Connector("if!n0", "if!n1", policy=aiobind.Failover())
     c._dialer.enter()
     await asyncio.sleep(0.05)
@@ -238,7 +222,6 @@ async def test_suspended_after_a_flap_is_suspended(lab):
 
 
 async def test_a_kept_answer_is_no_answer(resolv_conf):
-    """R10: B waits in vain for the name server; A has a kept answer meanwhile; B is suspended for that."""
     from dns_server import DnsServer
 
     resolv_conf("nameserver 127.0.0.1\noptions timeout:1 attempts:1\n")
@@ -255,13 +238,11 @@ async def test_a_kept_answer_is_no_answer(resolv_conf):
         d.enter()
         a, b = origin(c, A), origin(c, B)
         await d.find(a, "warm.test", 80)
-        asked = sum(server.queries.values())
         failing = asyncio.create_task(d.find(b, "silent.test", 80))
         await asyncio.sleep(0.3)
         await d.find(a, "warm.test", 80)
         with pytest.raises(aiobind.ResolveError):
             await failing
-        print(server.queries, c.stats()[1])
         assert c.stats()[1].suspended_until is None
         await c.aclose()
     finally:
@@ -301,7 +282,6 @@ async def test_websocket_gives_its_place_back():
 
 
 async def test_tls_handshake_counts_after_link_loss(lab):
-    """R7b: and what is counted is right again."""
     with lab.far:
         s = socket.create_server(("0.0.0.0", 443))
     s.setblocking(False)
@@ -327,8 +307,8 @@ async def test_tls_handshake_counts_after_link_loss(lab):
 
 @pytest.mark.parametrize("how", ["servfail", "silent"])
 async def test_a_broken_domain_is_no_fault_of_the_source(resolv_conf, how):
-    """R11: one name that no server answers for, and every source that asks for it is suspended."""
     import math
+
     from dns_server import SERVFAIL, DnsServer
 
     resolv_conf("nameserver 127.0.0.1\noptions timeout:1 attempts:1\n")
@@ -367,7 +347,6 @@ async def test_a_broken_domain_is_no_fault_of_the_source(resolv_conf, how):
 
 
 async def test_connector_tls_handshake_ends_with_its_link(lab):
-    """R7c: Connector.create_connection(ssl=): the handshake hangs (60 s, asyncio's own timeout)."""
     with lab.far:
         s = socket.create_server(("0.0.0.0", 443))
     s.setblocking(False)
@@ -391,7 +370,6 @@ async def test_connector_tls_handshake_ends_with_its_link(lab):
 
 
 async def test_dead_target_suspends_nobody_after_a_flap(lab):
-    """R12: the probe after a flap goes to a target that is down for every source: the source is suspended for it."""
     told = []
     c = aiobind.Connector("if!n0", "if!n1", policy=aiobind.Failover(), on_event=told.append)
     c._dialer.enter()
@@ -409,7 +387,6 @@ async def test_dead_target_suspends_nobody_after_a_flap(lab):
 
 
 async def test_remove_without_drain_cuts_what_is_under_way(lab):
-    """R13: remove(drain=False) while a connect is under way: it is handed out, from the removed source, and not cut."""
     async with server() as (port, _):
         c = aiobind.Connector(A, B, policy=aiobind.Failover())
 

@@ -96,9 +96,9 @@ def test_only_the_first_of_those_that_fail_together_counts(no_jitter: None) -> N
         ([(0.0, 0.0)], 0.0),
         ([(0.0, 7200.0)], 7200.0),  # longer than the longest
         ([(0.0, None), (0.5, 20.0)], 20.5),  # that is news, also while it is suspended
-        ([(0.0, 20.0), (1.0, 2.0)], 3.0),  # in either direction
+        ([(0.0, 20.0), (1.0, 2.0)], 20.0),  # but makes nothing shorter
         ([(0.0, 20.0), (1.0, None)], 20.0),
-        ([(0.0, 20.0), (20.0, None)], 22.0),  # it counts as one
+        ([(0.0, 20.0), (20.0, None)], 21.0),  # and counts as none of those that grow
     ],
 )
 def test_somebody_who_knows_better(no_jitter: None, failures: list[tuple[float, float | None]], until: float) -> None:

@@ -462,6 +462,7 @@ def test_any_thread_may_ask(make_peer: Callable[..., Peer]) -> None:
                 failures.append(failure)
                 return
             asked += 1
+            over.wait(0.001)  # else they would keep the others from running
 
     threads = [threading.Thread(target=ask) for _ in range(2)]
     for thread in threads:
