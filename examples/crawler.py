@@ -72,6 +72,7 @@ class Crawl:
         mixed = output is None and sys.stdout.isatty()
         self.live = Live(console=self.console, auto_refresh=False, transient=True, redirect_stdout=mixed)
         self.pages, self.sizes, self.errors = Counter[str](), Counter[str](), Counter[str]()  # by source
+        self.banned: dict[tuple[str, str], float] = {}  # until when, by source and host
         self.start, self.skipped, self.under_way, self.failed, self.status = time.monotonic(), 0, 0, 0, 0
         self.failure: OSError | None = None
         self.tasks: list[asyncio.Task[None]] = []
@@ -164,7 +165,9 @@ class Crawl:
         pause: float | None = asked_pause(response.headers.get("Retry-After", ""))
         if response.status in BANNED:
             self.connector.report(bound.source, host=response.url.raw_host or "", seconds=pause or None)
-            if len(self.options.source) > 1:
+            host, now = response.url.raw_host or "", time.monotonic()
+            self.banned[source, host] = now + (pause or PAUSE)
+            if any(self.banned.get((str(other), host), 0) <= now for other in self.options.source):
                 pause = 0  # another source need not wait
             elif response.status == 403:
                 pause = None

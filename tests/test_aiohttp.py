@@ -415,6 +415,14 @@ async def test_a_failing_source_gives_its_slot_back(server: Server) -> None:
         assert_free(client)
 
 
+async def test_a_connector_that_could_not_be_made_leaves_the_policy_free() -> None:
+    policy = aiobind.RoundRobin()
+    with pytest.raises(TypeError, match="bogus") as caught:
+        BoundTCPConnector(A, policy=policy, bogus=1)
+    await BoundTCPConnector(A, policy=policy).close()
+    assert caught.value is not None
+
+
 async def test_who_waits_takes_the_first_source_that_has_room() -> None:
     async with serving() as one, serving() as two, session(A, B, limit_per_source=1) as client:
         first = asyncio.create_task(get(client, one.url("/hold")))

@@ -521,11 +521,80 @@ async def test_no_descriptor_left() -> None:
         (("if!a",), {"local_ports": range(9, 65537)}, ValueError, "a range of ports from 1 to 65535"),
         (("if!a",), {"local_ports": range(9, 20, 2)}, ValueError, "without a step"),
         (("if!a",), {"fast_connect": True}, NotImplementedError, "fast_connect=True is not available yet"),
+        (("if!a",), {"policy": aiobind.RoundRobin}, TypeError, r"as in policy=aiobind.RoundRobin\(\), not <class"),
+        (("if!a",), {"policy": "round-robin"}, TypeError, "an object with a method order, .* not 'round-robin'"),
+        (("if!a",), {"on_event": 5}, TypeError, "on_event is a plain function of one Event, not 5"),
+        (("if!a",), {"on_event": asyncio.sleep}, TypeError, "on_event is a plain function of one Event"),
+        (("if!a",), {"happy_eyeballs_delay": "x"}, TypeError, "happy_eyeballs_delay is a number of seconds"),
+        (("if!a",), {"happy_eyeballs_delay": -1}, ValueError, "happy_eyeballs_delay is .* 0 or more, or None, not -1"),
+        (("if!a",), {"ttl_dns_cache": "x"}, TypeError, "ttl_dns_cache is a number of seconds"),
+        (("if!a",), {"limit_per_source": -1}, ValueError, "limit_per_source is a number of connections"),
+        (("if!a",), {"rate_per_source": 0}, ValueError, "rate_per_source is a number of connects per second"),
     ],
 )
 def test_a_senseless_connector(sources: Any, options: Any, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         aiobind.Connector(*sources, **options)
+
+
+@pytest.mark.parametrize(
+    ("host", "seconds", "error", "words"),
+    [
+        (None, None, TypeError, "the host must be a text, not NoneType"),
+        ("", None, ValueError, "must be a name or an address, not ''"),
+        ("http://a.test/", None, ValueError, "must be a name or an address, not 'http://a.test/'"),
+        ("a.test", "60", TypeError, "seconds is a number, as in seconds=60, not '60'"),
+        ("a.test", -1, ValueError, "seconds is how long the ban lasts, 0 or more, not -1"),
+        ("a.test", float("nan"), ValueError, "0 or more, not nan"),
+    ],
+)
+def test_a_senseless_report(host: Any, seconds: Any, error: type[Exception], words: str) -> None:
+    connector = aiobind.Connector("127.0.0.2")
+    with pytest.raises(error, match=words):
+        connector.report("127.0.0.2", host=host, seconds=seconds)
+
+
+async def test_one_of_whom_others_wait_for_may_be_added(port: int) -> None:
+    async with aiobind.Connector("127.0.0.2", limit_per_source=1) as connector:
+        with await connector.connect(HOST, port):
+            waiting = [asyncio.create_task(connector.connect(HOST, port)) for _ in range(2)]
+            await asyncio.sleep(0.02)
+            assert not any(task.done() for task in waiting)
+            connector.add("127.0.0.3")
+            with await asyncio.wait_for(waiting[0], 10) as sock:
+                assert sock.getsockname()[0] == "127.0.0.3"
+        with await asyncio.wait_for(waiting[1], 10):
+            pass
+
+
+async def test_a_report_of_one_that_was_removed_meanwhile_harms_nobody(port: int) -> None:
+    async with aiobind.Connector("127.0.0.2", "127.0.0.3", policy=aiobind.Failover()) as connector:
+        with await connector.connect(HOST, port):
+            connector.remove("127.0.0.2")
+            connector.report("127.0.0.2", host=HOST)
+        with pytest.raises(ValueError, match="no source of this connector"):
+            connector.report("127.0.0.4", host=HOST)
+
+
+async def test_ports_of_a_single_source_are_forgotten(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aiobind._origin._TIME_WAIT", 0.05)
+    async with aiobind.Connector("127.0.0.2") as connector:
+        for _ in range(20):
+            (await connector.connect(HOST, port)).close()
+        await asyncio.sleep(0.1)
+        (await connector.connect(HOST, port)).close()
+        (origin,) = connector._dialer.roster.listed
+        assert len(origin._lingering) <= 1
+
+
+async def test_the_message_of_many_sources_that_fail_is_short(port: int) -> None:
+    sources = [f"192.0.2.{number}" for number in range(1, 101)]
+    async with aiobind.Connector(*sources) as connector:
+        with pytest.raises(aiobind.BindError, match="and from 80 others") as caught:
+            await connector.connect(HOST, port)
+    assert len(str(caught.value)) < 5000
+    assert isinstance(caught.value.__cause__, ExceptionGroup)
+    assert len(caught.value.__cause__.exceptions) == 100
 
 
 def test_repr() -> None:
