@@ -17,6 +17,7 @@ _NUMBERS = {
     "socket": {"x86_64": 41, "aarch64": 198, "riscv64": 198},
     "sendto": {"x86_64": 44, "aarch64": 206, "riscv64": 206},
     "bind": {"x86_64": 49, "aarch64": 200, "riscv64": 200},
+    "setsockopt": {"x86_64": 54, "aarch64": 208, "riscv64": 208},
     "timerfd_create": {"x86_64": 283, "aarch64": 85, "riscv64": 85},
 }
 _LOAD, _EQUAL, _GIVE = 0x20, 0x15, 0x06
@@ -29,14 +30,17 @@ class Sandbox:
     Args:
         call: the name of a system call.
         number: the errno.
-        first: only when its first argument is this.
+        argument: only when its argument at this place (from 0) has this value.
     """
 
-    def __init__(self, call: str, number: int, first: int | None = None) -> None:
+    def __init__(self, call: str, number: int, argument: tuple[int, int] | None = None) -> None:
         at = _NUMBERS[call].get(platform.machine())
         if at is None:
             pytest.skip(f"the number of {call}(2) on {platform.machine()} is not known here")
-        condition = () if first is None else ((_LOAD, 0, 0, 16), (_EQUAL, 0, 1, first))  # args[0], low half
+        condition: tuple[tuple[int, int, int, int], ...] = ()
+        if argument is not None:
+            place, value = argument
+            condition = (_LOAD, 0, 0, 16 + 8 * place), (_EQUAL, 0, 1, value)  # args[place], low half
         program = (
             (_LOAD, 0, 0, 0),  # nr
             (_EQUAL, 0, len(condition) + 1, at),

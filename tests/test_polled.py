@@ -335,9 +335,9 @@ async def test_a_watch_is_told_anew(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize("name", ["EPERM", "EACCES", "EAFNOSUPPORT", "EPROTONOSUPPORT"])
-@pytest.mark.parametrize(("call", "first"), [("socket", AF_NETLINK), ("bind", None), ("sendto", None)])
+@pytest.mark.parametrize(("call", "argument"), [("socket", (0, AF_NETLINK)), ("bind", None), ("sendto", None)])
 def test_it_is_chosen_where_netlink_is_refused(
-    lab: Lab, caplog: pytest.LogCaptureFixture, call: str, first: int | None, name: str
+    lab: Lab, caplog: pytest.LogCaptureFixture, call: str, argument: tuple[int, int] | None, name: str
 ) -> None:
     """By a sandbox (socket), by gVisor (bind to groups), by Android's SELinux (sendto)."""
     linux = Linux()
@@ -349,7 +349,7 @@ def test_it_is_chosen_where_netlink_is_refused(
 
     before = os.listdir("/proc/self/fd")
     with caplog.at_level(logging.WARNING, "aiobind"):
-        Sandbox(call, getattr(errno, name), first).run(work)
+        Sandbox(call, getattr(errno, name), argument).run(work)
     assert os.listdir("/proc/self/fd") == before
     (record,) = caplog.records
     assert (record.name, record.levelname) == ("aiobind", "WARNING")
@@ -362,7 +362,7 @@ def test_it_is_not_chosen_for_another_reason(caplog: pytest.LogCaptureFixture) -
         with pytest.raises(OSError, match="Too many open files"):
             Linux().feed()
 
-    Sandbox("socket", errno.EMFILE, AF_NETLINK).run(work)
+    Sandbox("socket", errno.EMFILE, (0, AF_NETLINK)).run(work)
     with closing(Linux().feed()) as feed:
         assert isinstance(feed, Netlink)
     assert not caplog.records
@@ -376,7 +376,7 @@ def test_the_rest_is_quiet_where_netlink_is_refused(lab: Lab) -> None:
         assert linux.routed_here(ip_address("2001:db8:7::1")) is None
         assert linux.silent_hop(socket.if_nametoindex("n1"), "198.18.1.99", "198.18.1.2") is None
 
-    Sandbox("socket", errno.EPERM, AF_NETLINK).run(work)
+    Sandbox("socket", errno.EPERM, (0, AF_NETLINK)).run(work)
 
 
 def test_a_socket_factory_without_netlink(lab: Lab) -> None:
@@ -394,7 +394,7 @@ def test_a_socket_factory_without_netlink(lab: Lab) -> None:
 
     with ThreadPoolExecutor(1) as outside:
         outside.submit(bool).result()
-        Sandbox("socket", errno.EPERM, AF_NETLINK).run(work)
+        Sandbox("socket", errno.EPERM, (0, AF_NETLINK)).run(work)
 
 
 @pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
@@ -453,7 +453,7 @@ def test_a_connector_without_netlink(lab: Lab, run: Callable[..., None]) -> None
         ]
     with ThreadPoolExecutor(1) as outside:
         outside.submit(bool).result()  # its thread begins here, unconfined
-        Sandbox("socket", errno.EPERM, AF_NETLINK).run(lambda: run(main()))
+        Sandbox("socket", errno.EPERM, (0, AF_NETLINK)).run(lambda: run(main()))
     for server in servers:
         server.close()
     nics = Counter((packet.nic, packet.source.rpartition(".")[0]) for packet in witness.packets() if packet.syn)

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import errno
 import gc
 import io
 import logging
 import os
-import platform as machine
 import resource
 import socket
 import ssl
 import struct
-import threading
 from contextlib import asynccontextmanager, suppress
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any, cast
@@ -22,6 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 import trustme
 import uvloop
+from sandbox import Sandbox
 
 from aiobind import Address, BindError, BoundSource, _sockets, bound_source
 from aiobind._binding import Binding, Target
@@ -622,47 +620,6 @@ def test_the_callers_range_of_ports_is_kept_to_by_the_system(lab: Lab) -> None:
 # --- without a pin ------------------------------------------------------------------------------------------
 
 
-class Sandbox:
-    """Run something in a thread that may not set SO_BINDTODEVICE (seccomp(2): EPERM), like some containers."""
-
-    def __init__(self) -> None:
-        number = {"x86_64": 54, "aarch64": 208, "riscv64": 208}.get(machine.machine())  # of setsockopt(2)
-        if number is None:
-            pytest.skip(f"the number of setsockopt(2) on {machine.machine()} is not known here")
-        load, equal, give = 0x20, 0x15, 0x06
-        program = b"".join(
-            struct.pack("=HBBI", *instruction)
-            for instruction in (
-                (load, 0, 0, 0),  # seccomp_data.nr
-                (equal, 0, 3, number),
-                (load, 0, 0, 32),  # the option, args[2]
-                (equal, 0, 1, SO_BINDTODEVICE),
-                (give, 0, 0, 0x00050000 | errno.EPERM),
-                (give, 0, 0, 0x7FFF0000),
-            )
-        )
-        self._buffer = ctypes.create_string_buffer(program, len(program))
-        self._program = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(self._buffer))
-
-    def run(self, work: Callable[[], None]) -> None:
-        failures: list[BaseException] = []
-
-        def confined() -> None:
-            try:
-                prctl = ctypes.CDLL(None, use_errno=True).prctl
-                if prctl(38, 1, 0, 0, 0) or prctl(22, 2, self._program, 0, 0):  # PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP
-                    raise OSError(ctypes.get_errno(), "prctl")
-                work()
-            except BaseException as error:
-                failures.append(error)
-
-        thread = threading.Thread(target=confined)
-        thread.start()
-        thread.join()
-        if failures:
-            raise failures[0]
-
-
 @pytest.fixture
 def nothing_logged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_sockets, "_unpinned", set[str]())
@@ -676,7 +633,7 @@ def test_a_pin_that_is_not_permitted_is_refused(lab: Lab) -> None:
         assert caught.value.errno == errno.EPERM
         assert fds() == before
 
-    Sandbox().run(work)
+    Sandbox("setsockopt", errno.EPERM, (2, SO_BINDTODEVICE)).run(work)
 
 
 @pytest.mark.parametrize("family", [V4, V6], ids=["IPv4", "IPv6"])
@@ -693,7 +650,7 @@ def test_where_it_need_not_be_strict_the_address_alone_will_do(
                 # the choice of the kernel is that of an unpinned socket
                 assert str(sock.local) == sock.getsockname()[0] == BOTH[family][1]
 
-    Sandbox().run(work)
+    Sandbox("setsockopt", errno.EPERM, (2, SO_BINDTODEVICE)).run(work)
     assert [(record.name, record.levelno) for record in caplog.records] == [("aiobind", logging.WARNING)] * 2
     for record, name in zip(caplog.records, ("n1", "n2"), strict=True):  # once for each
         assert record.getMessage() == (
@@ -723,7 +680,7 @@ def test_a_link_local_address_without_a_pin_is_where_its_zone_is(lab: Lab, nothi
             assert device(sock) == sock.interface == "n1"
             assert str(sock.local) == f"{nic.link_local}%n1"
 
-    Sandbox().run(work)
+    Sandbox("setsockopt", errno.EPERM, (2, SO_BINDTODEVICE)).run(work)
 
 
 def test_a_device_of_the_callers_is_none_of_ours(
