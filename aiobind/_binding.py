@@ -53,7 +53,7 @@ class Target(NamedTuple):
         reach = "loopback" if ip.is_loopback or ip.is_unspecified else "link" if ip.is_link_local else "global"
         if ip.version == 4:
             return cls(socket.AF_INET, str(ip), port, 0, reach)
-        return cls(socket.AF_INET6, str(ip).partition("%")[0], port, scope_id, reach)
+        return cls(socket.AF_INET6, zoneless(ip), port, scope_id, reach)
 
     @property
     def sockaddr(self) -> tuple[str, int] | tuple[str, int, int, int]:
@@ -131,6 +131,11 @@ class Link:
     carrier: bool = True
     #: by their text
     addresses: dict[str, LinkAddress] = field(default_factory=dict[str, LinkAddress])
+
+
+def zoneless(ip: IPAddress) -> str:
+    """Return *ip* as text, without its zone."""
+    return str(ip).partition("%")[0]
 
 
 def listed(things: Iterable[object]) -> str:
@@ -227,11 +232,7 @@ def bind_on_link(
         decision = _own_address(link, target)
         return Binding(link.name, owner=link) if borrow and isinstance(decision, Refusal) else decision
     # The whole of 127.0.0.0/8 is local to the loopback interface, which lists 127.0.0.1 alone.
-    held = tuple(
-        ip
-        for ip in local
-        if borrow or str(ip).partition("%")[0] in link.addresses or (link.loopback and ip.is_loopback)
-    )
+    held = tuple(ip for ip in local if borrow or zoneless(ip) in link.addresses or (link.loopback and ip.is_loopback))
     if not held:
         has = f"it has {listed(link.addresses) or 'none'}"
         return Refusal(errno.EADDRNOTAVAIL, f"{listed(local)} is not an address of {link.name} ({has})")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ._dial import Dialer
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from ._events import Event
     from ._origin import SourceStats
     from ._policy import Policy
+    from ._roster import Route, Turn
     from ._sockets import BoundSocket, SocketOption
     from ._sources import Source
 
@@ -428,9 +430,9 @@ class Connector(Sourced):
                     route.leave(turn)
                     raise
                 else:
-                    release = route.keep(turn)
-                    if release is not None:
-                        sock.register(release)
+                    route.keep(turn)
+                    if dialer.limits.limited:
+                        sock.register(partial(_give_back, route, turn))
                     return sock
         finally:
             route.close()
@@ -440,6 +442,10 @@ class Connector(Sourced):
             raise merged(failures or held_back)
         finally:
             del failures, held_back  # which hold this very frame
+
+
+def _give_back(route: Route, turn: Turn, *_: object) -> None:
+    route.release(turn)
 
 
 def _check(host: str, port: int) -> None:

@@ -23,7 +23,7 @@ from functools import partial
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, TypeAlias
 
-from ._binding import Binding, Exempt, Refusal, Target
+from ._binding import Binding, Exempt, Refusal, Target, zoneless
 from ._errors import AiobindError, BindError, ResolveError
 from ._events import Journal
 from ._faults import (
@@ -49,7 +49,7 @@ from ._resolve import SystemLookup, literal
 from ._roster import Roster, Route
 from ._scope import pinned
 from ._sockets import ANY_KIND, BoundSocket, BoundSource, connect, open_bound
-from ._sources import Prefix, parse_source
+from ._sources import parse_source
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -246,20 +246,22 @@ class Dialer:
 
     # ── route ──
 
-    def route(self, host: str, port: int, source: str | Source | None = None, *, towards: str | None = None) -> Route:
+    def route(
+        self, host: str, port: int, source: str | Source | None = None, *, towards: tuple[str, int] | None = None
+    ) -> Route:
         """Return the sources to try for *host*: the pinned one alone, or all in the order of the policy.
 
         Args:
             host: the destination.
             port: its port.
             source: the pin of this one call; it wins over ``use_source``.
-            towards: what is connected to, as ``HOST:PORT``, where that is another one (a proxy).
+            towards: the host and port that are connected to, where they are others (a proxy's).
         """
         pin, place = pinned(self.scope) if source is None else parse_source(source), place_of(host)
         if pin is not None:
             order = partial(self.roster.only, pin)
         else:
-            order = partial(self.roster.order, place, towards or destination_of(host, port))
+            order = partial(self.roster.order, place, towards or (host, port))
         return Route(order, self.limits, place)
 
     # ── targets ──
@@ -438,10 +440,10 @@ class Dialer:
 
     def _mind_ports(self, origin: Origin, target: Target, destination: str) -> None:
         """Past half of the ports for a target another source shall go first, for as long as it takes to free some."""
-        if origin.source.__class__ is not Prefix and len(self.roster) > 1:
+        if len(self.roster) > 1:
             if self._port_count is None:
                 self._port_count = len(self._ports)
-            if origin.ports_to(target) > self._port_count // 2:
+            if origin.ports[target] > self._port_count // 2:
                 origin.scarce[destination] = target, self._port_count // 2
 
     async def reach(self, source: Source | None, target: Target, kind: int) -> BoundSocket:
@@ -599,9 +601,9 @@ class Dialer:
             # TCP connects a port to itself where nobody listens and connect(2) happens to choose that very port
             # (simultaneous open, RFC 9293 section 3.5).
             raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
-        promised = str(sock.local).partition("%")[0]
+        promised = None if sock.local is None else zoneless(sock.local)
         # The text of ::/96 differs between Python and C.
-        if sock.local is not None and promised != address and ip_address(promised) != ip_address(address):
+        if promised is not None and promised != address and ip_address(promised) != ip_address(address):
             reason = f"the system connected from {address} instead of {promised}; no data was sent"
             raise BindError(errno.EADDRNOTAVAIL, reason)
         if port not in self._ports and sock.type == socket.SOCK_STREAM:

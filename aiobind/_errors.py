@@ -102,6 +102,8 @@ class BindError(AiobindError):
     ``errno`` is one of: EPERM (the device pin was refused), ENODEV (no such interface), EADDRNOTAVAIL
     (the address is not usable here, the source has none of the destination's family, or no port is left), EADDRINUSE,
     EINVAL, ENETUNREACH (the source has no way to the destination), EHOSTUNREACH (its interface has no carrier),
+    ENETDOWN (its interface or address has gone since it connected, or the source was removed), ETIMEDOUT (it has failed
+    before, and gets no answer now),
     EACCES (a privileged port, or a route or filter that prohibits it), EOPNOTSUPP (this platform cannot do it yet).
     """
 

@@ -19,7 +19,7 @@ import weakref
 from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol, Self, TypeAlias, cast
 
-from ._binding import Binding, Link, Refusal, bind_on_link, listed
+from ._binding import Binding, Link, Refusal, bind_on_link, listed, zoneless
 from ._errors import BindError
 from ._platform import platform
 from ._platform.base import AddressGone, AddressSeen, LinkGone, LinkSeen, ListEnd
@@ -163,7 +163,7 @@ class InterfaceTable:
                 if borrow or link.kind == "vrf":
                     return None
                 if isinstance(local, Address):
-                    if self._holds(link, str(local.ip).partition("%")[0]):
+                    if self._holds(link, zoneless(local.ip)):
                         return None
                     return Refusal(errno.EADDRNOTAVAIL, f"{local} is not an address of {name}")
                 if not any(_serves(address) for address in link.addresses.values()):
@@ -541,7 +541,7 @@ class Guard:
     def _refused_by(self, table: InterfaceTable) -> Refusal | None:
         if self._link is None:
             assert self._local is not None
-            if table.stands(None, 0, str(self._local[0]).partition("%")[0]):
+            if table.stands(None, 0, zoneless(self._local[0])):
                 return None
             return table.trouble(Address(self._local[0]))
         # By its index, for a socket follows its interface through a change of name, and no other link of that name.
@@ -563,7 +563,7 @@ class Guard:
             assert self._link is not None
             assert self._local is not None
             with suppress(OSError):
-                source = str(self._local[0]).partition("%")[0]
+                source = zoneless(self._local[0])
                 self.silent_hop = platform.silent_hop(self._link.index, self._target.host, source)
         if self.silent_hop is not None:
             self._abort()

@@ -14,7 +14,7 @@ from contextlib import suppress
 from ipaddress import IPv6Address
 from typing import TYPE_CHECKING, assert_never
 
-from ._binding import Binding, Refusal, bind_any
+from ._binding import Binding, Refusal, bind_any, zoneless
 from ._errors import BindError, ResolveError
 from ._interfaces import Guard, InterfaceWatch
 from ._platform import platform
@@ -94,7 +94,7 @@ class Planner:
             or sock.local is None
             or binding.device
             or binding.freebind
-            or not table.stands(None, 0, _text(sock.local))
+            or not table.stands(None, 0, zoneless(sock.local))
         ):
             return None
         assert self._watch is not None
@@ -173,10 +173,6 @@ def not_routed(source: Prefix, ip: IPAddress) -> Refusal | None:
     command = f"ip route add local {source.network} dev lo"
     reason = f"{source.network} is not routed to this host, so no answer would arrive: {command}"
     return Refusal(errno.EADDRNOTAVAIL, reason)
-
-
-def _text(ip: IPAddress) -> str:
-    return str(ip).partition("%")[0]
 
 
 def _with_zone(ip: IPAddress, scope_id: int) -> IPAddress:

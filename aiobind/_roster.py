@@ -19,10 +19,10 @@ import socket
 import time
 import weakref
 from contextlib import suppress
-from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from ._errors import BindError
+from ._faults import destination_of
 from ._health import LONGEST, Breaker, Timeouts
 from ._origin import Origin
 from ._policy import RoundRobin
@@ -205,12 +205,12 @@ class Roster:
         """Yield *source*, whatever it has failed at."""
         yield Turn(self.guest(source), forced=True)
 
-    def order(self, host: str, destination: str) -> Generator[Turn]:
+    def order(self, host: str, towards: tuple[str, int]) -> Generator[Turn]:
         """Yield the sources to try for a connection.
 
         Args:
             host: what the policy decides by.
-            destination: host and port that will be connected to.
+            towards: host and port that will be connected to.
         """
         now = time.monotonic()
         if now >= self._right_until:
@@ -222,10 +222,10 @@ class Roster:
         for origin in self._ordered(ready, host):
             if origin.removed:  # meanwhile
                 continue
-            if origin.avoid and (until := origin.avoids(host, destination, now)):
+            if origin.avoid and (until := origin.avoids(host, destination_of(*towards), now)):
                 avoiding.append((until, origin))
                 continue
-            if origin.scarce and origin.is_short_of_ports(destination):
+            if origin.scarce and origin.is_short_of_ports(destination_of(*towards)):
                 scarce.append(origin)
                 continue
             turn = Turn(origin)
@@ -478,9 +478,7 @@ class Route:
         if not self._full:
             return None
         origin = await limits.wait([turn.origin for turn in self._full], host)
-        if origin is None or origin.removed:  # the sources are not what they were: order anew
-            if origin is not None:
-                limits.release(origin, host)
+        if origin is None:  # the sources are not what they were: order anew
             self._full.clear()
             self._worse = None
             self._turns = self._order()
@@ -496,17 +494,17 @@ class Route:
 
     def leave(self, turn: Turn) -> None:
         """Give the place of *turn* back: it has failed."""
+        self.keep(turn)
+        self.release(turn)
+
+    def keep(self, turn: Turn) -> None:
+        """Keep the place of *turn* until `release`: it has a connection."""
         turn.origin.has_ended()
+
+    def release(self, turn: Turn) -> None:
+        """Give the place of *turn* back."""
         if self._limits.limited:
             self._limits.release(turn.origin, self._host)
-
-    def keep(self, turn: Turn) -> Callable[..., None] | None:
-        """Keep the place of *turn*: it has a connection. Return what gives it back, where there are limits."""
-        turn.origin.has_ended()
-        if not self._limits.limited:
-            return None
-        release = partial(self._limits.release, turn.origin, self._host)
-        return lambda *_: release()
 
     def close(self) -> None:
         """Ask for no more: a probe that is not under way leaves its chance to another connection."""

@@ -16,6 +16,7 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from ._advice import advice
+from ._binding import zoneless
 from ._errors import BindError, shown
 from ._platform import platform
 from ._ports import ANY_PORT, claim, release
@@ -157,7 +158,7 @@ class BoundSocket(socket.socket):
     def claim(self, local: IPAddress, target: Target) -> bool:
         """Enter the source address and the target of this socket; return whether it must reserve its port."""
         pinned = self.interface is not None or _zone(local) is not None
-        self._claim, reserve = claim(str(local).partition("%")[0], target, pinned=pinned)
+        self._claim, reserve = claim(zoneless(local), target, pinned=pinned)
         return reserve
 
     def close(self) -> None:

@@ -360,7 +360,7 @@ class BoundTCPConnector(Sourced, aiohttp.TCPConnector):
         failures: list[aiohttp.ClientConnectorError] = []
         held_back: list[aiohttp.ClientConnectorError] = []
         url, proxy = req.url, req.proxy
-        towards = None if proxy is None else destination_of(proxy.raw_host or "", proxy.port or 0)
+        towards = None if proxy is None else (proxy.raw_host or "", proxy.port or 0)
         route = self._dialer.route(url.raw_host or "", url.port or 0, towards=towards)
         try:
             while (turn := await self._next(route, timeout)) is not None:
@@ -417,7 +417,7 @@ class BoundTCPConnector(Sourced, aiohttp.TCPConnector):
         # aiohttp hands out an idle connection without a look at the limit: with one key for each host, one that is idle
         # means that one less is in use than the limit allows. With one for each source it does not.
         limit = self.limit_per_host
-        if limit and isinstance(key, _SourcedKey) and len(self._acquired_per_host[cast("Any", key)]) >= limit:
+        if limit and isinstance(key, _SourcedKey) and len(self._acquired_per_host.get(cast("Any", key), ())) >= limit:
             return None
         return await super()._get(cast("Any", key), traces)
 

@@ -567,6 +567,37 @@ async def test_one_of_whom_others_wait_for_may_be_added(port: int) -> None:
             pass
 
 
+async def test_nobody_who_waits_gets_a_source_that_was_removed(port: int) -> None:
+    async with aiobind.Connector("127.0.0.2", "127.0.0.3", limit_per_source=1) as connector:
+        first, second = [await connector.connect(HOST, port) for _ in range(2)]
+        waiting = asyncio.create_task(connector.connect(HOST, port))
+        await asyncio.sleep(0.02)
+        connector.remove("127.0.0.2")
+        first.close()
+        await asyncio.sleep(0.02)
+        assert not waiting.done()
+        second.close()
+        with await asyncio.wait_for(waiting, 10) as sock:
+            assert sock.getsockname()[0] == "127.0.0.3"
+
+
+async def test_who_waits_hears_of_a_source_that_is_back(lab: Lab) -> None:
+    with lab.far:
+        listener = socket.create_server((lab.target_v4, 80))
+    with listener:
+        async with aiobind.Connector("if!n0", "if!n1", limit_per_source=1) as connector:
+            (await connector.connect(lab.target_v4, 80)).close()
+            lab.near.ip("link set n1 down")
+            await settled(lambda: connector.stats()[1].suspended_until is not None)
+            with await connector.connect(lab.target_v4, 80):
+                waiting = asyncio.create_task(connector.connect(lab.target_v4, 80))
+                await asyncio.sleep(0.05)
+                assert not waiting.done()
+                lab.near.ip("link set n1 up", "route add default via 198.18.1.1 dev n1 metric 1001")
+                with await asyncio.wait_for(waiting, 10) as sock:
+                    assert aiobind.bound_source(sock).interface == "n1"
+
+
 async def test_a_report_of_one_that_was_removed_meanwhile_harms_nobody(port: int) -> None:
     async with aiobind.Connector("127.0.0.2", "127.0.0.3", policy=aiobind.Failover()) as connector:
         with await connector.connect(HOST, port):
@@ -585,6 +616,26 @@ async def test_ports_of_a_single_source_are_forgotten(port: int, monkeypatch: py
         (await connector.connect(HOST, port)).close()
         (origin,) = connector._dialer.roster.listed
         assert len(origin._lingering) <= 1
+
+
+async def test_many_sources_that_fail_do_not_hold_the_loop(port: int) -> None:
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    async with aiobind.Connector(*(f"192.0.2.{number}" for number in range(1, 201))) as connector:
+        task = asyncio.create_task(others())
+        await asyncio.sleep(0)
+        before = turns
+        with pytest.raises(aiobind.BindError):
+            await connector.connect(HOST, port)
+        assert turns - before >= 9  # each 20 sources
+        task.cancel()
+        await asyncio.wait([task])
 
 
 async def test_the_message_of_many_sources_that_fail_is_short(port: int) -> None:

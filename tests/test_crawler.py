@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import http.server
 import itertools
 import json
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import trustme
-from test_examples import CRAWLER, ENVIRONMENT, EXAMPLES, command, run, started, terminal
+from test_examples import CRAWLER, ENVIRONMENT, EXAMPLES, command, run, serving, started, terminal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -125,23 +124,9 @@ class Page(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@contextlib.contextmanager
-def serving(listener: socket.socket) -> Iterator[Site]:
-    with Site(listener) as site:
-        site.daemon_threads = True
-        thread = threading.Thread(target=site.serve_forever, args=(0.02,))
-        thread.start()
-        try:
-            yield site
-        finally:
-            site.let_go.set()
-            site.shutdown()
-            thread.join()
-
-
 @pytest.fixture
 def site() -> Iterator[Site]:
-    with serving(socket.create_server(("127.0.0.1", 0))) as site:
+    with serving(socket.create_server(("127.0.0.1", 0)), Site) as site:
         yield site
 
 
@@ -268,7 +253,7 @@ def test_a_wrong_certificate_is_no_less_wrong_the_second_time() -> None:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     trustme.CA().issue_cert("127.0.0.1").configure_cert(context)
     listener = context.wrap_socket(socket.create_server(("127.0.0.1", 0)), server_side=True)
-    with serving(listener) as site:
+    with serving(listener, Site) as site:
         ended = run(CRAWLER, *sources(A), site.url.replace("http:", "https:"))
     (line,) = results(ended.stdout)
     assert line["tries"] == 1
@@ -659,7 +644,7 @@ def test_ctrl_c_on_the_terminal(site: Site, tmp_path: Path) -> None:
 def test_every_nic_is_used(lab: Lab, witness: Witness) -> None:
     with lab.far:
         listener = socket.create_server((lab.target_v4, 80))
-    with serving(listener) as site:
+    with serving(listener, Site) as site:
         nics = sources(*(f"if!{nic.name}" for nic in lab.nics))
         ended = run(CRAWLER, *nics, "--concurrency", "6", *site.urls(*range(12)))
     assert ended.returncode == 0, ended.stderr
@@ -711,7 +696,7 @@ def test_a_nic_is_pulled_in_the_middle_and_nothing_is_lost(
     options = [*sources(*(f"if!{nic.name}" for nic in lab.nics)), "--concurrency", "12", *loop]
     # No page may ever wait for its timeout: what is under way on that NIC fails at once, and goes by another.
     options += ["--timeout", "90", "--progress", "0.2"]
-    with serving(listener) as site:
+    with serving(listener, Site) as site:
         urls = site.urls(*(f"nap/{number}" for number in range(800)))
         (tmp_path / "urls").write_text("\n".join(urls))
         with started(CRAWLER, *options, "--input", str(tmp_path / "urls")) as process:

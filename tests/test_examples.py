@@ -123,8 +123,8 @@ class Page(http.server.BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def serving(listener: socket.socket) -> Iterator[Site]:
-    with Site(listener) as site:
+def serving(listener: socket.socket, kind: Callable[[socket.socket], Any] = Site) -> Iterator[Any]:
+    with kind(listener) as site:
         thread = threading.Thread(target=site.serve_forever, args=(0.02,))
         thread.start()
         try:

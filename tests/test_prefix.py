@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import socket
 import time
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
+from test_egress import far_server as answering
 
 import aiobind
 from aiobind._binding import Target
@@ -43,22 +43,10 @@ def privilege(request: pytest.FixtureRequest) -> str:
 async def far_server(lab: Lab, prefix: str) -> AsyncIterator[None]:
     """Answer each connection with the peer that the far side sees; *prefix* is routed to the near side's first NIC."""
 
-    class Answer(asyncio.Protocol):
-        def connection_made(self, transport: Any) -> None:
-            transport.write(transport.get_extra_info("peername")[0].encode())
-            transport.close()
-
     gateway = lab.nics[0].v6 if ":" in prefix else lab.nics[0].v4
     lab.far.ip(f"route add {prefix} via {gateway}")
-    loop = asyncio.get_running_loop()
-    with lab.far:
-        sockets = [socket.create_server(("", 80), family=family) for family in (socket.AF_INET, socket.AF_INET6)]
-    servers = [await loop.create_server(Answer, sock=sock) for sock in sockets]
-    try:
+    async with answering(lab):
         yield
-    finally:
-        for server in servers:
-            server.close()
 
 
 async def ask(connector: aiobind.Connector, host: str) -> str:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 V4, V6 = socket.AF_INET, socket.AF_INET6
 NO_ROUTE = aiobind.BindError(errno.ENETUNREACH, "no route")
-HOST, PLACE = "example.com", "example.com:443"
+HOST, PLACE, TOWARDS = "example.com", "example.com:443", ("example.com", 443)
 
 
 class Clock:
@@ -66,7 +66,8 @@ class Case:
 
     def order(self, host: str = HOST, place: str = PLACE) -> str:
         """Return who would be tried, to the end; in capitals those that are forced."""
-        return letters(self.roster.order(host, place))
+        name, _, port = place.rpartition(":")
+        return letters(self.roster.order(host, (name, int(port))))
 
     def fails(self, names: str, family: int = V4) -> None:
         for name in names:
@@ -123,7 +124,7 @@ def test_a_list_that_is_none(sources: Sequence[str], error: type[Exception], wor
 
 def test_the_default_is_round_robin() -> None:
     roster = Roster(("if!a", "if!b"), None, Journal(None), pooled=False)
-    assert [letters(roster.order(HOST, PLACE)) for _ in range(3)] == ["ab", "ba", "ab"]
+    assert [letters(roster.order(HOST, TOWARDS)) for _ in range(3)] == ["ab", "ba", "ab"]
 
 
 def test_sources_come_and_go() -> None:
@@ -240,7 +241,7 @@ def test_the_policy_is_given_the_same_tuple_until_the_set_changes(clock: Clock, 
             return iter(sources)
 
     def first() -> Any:
-        turns = case.roster.order(HOST, PLACE)
+        turns = case.roster.order(HOST, TOWARDS)
         next(turns)
         turns.close()
         return given[-1]
@@ -276,7 +277,7 @@ def test_the_policy_hears_the_host_and_is_asked_lazily() -> None:
                 yield view
 
     case = Case("abc", Lazy())
-    turns = case.roster.order("h.test", "h.test:1")
+    turns = case.roster.order("h.test", ("h.test", 1))
     assert asked == []
     next(turns)
     assert asked == ["a for h.test"]
@@ -434,7 +435,7 @@ def due(clock: Clock, names: str = "abc", families: Sequence[int] = (V4,)) -> Ca
 
 def test_one_connection_finds_out(clock: Clock) -> None:
     case = due(clock)
-    turn = next(case.roster.order(HOST, PLACE))
+    turn = next(case.roster.order(HOST, TOWARDS))
     assert (letter(turn.origin.source), turn.forced) == ("a", False)
     assert case.order() == "abc"  # nobody knows yet which family it is going to be
     families, probes = case.roster.allowed(turn, {V4})
@@ -488,7 +489,7 @@ def test_what_becomes_of_a_probe(clock: Clock) -> None:
     case = due(clock, "ab")
     for length in (2.0, 4.0, 8.0):  # each time for longer
         clock.now = case["a"].breakers[V4].until
-        turns = case.roster.order(HOST, PLACE)
+        turns = case.roster.order(HOST, TOWARDS)
         _, probes = case.roster.allowed(next(turns), {V4})
         case.fails("a")
         probes[0].probing = False
@@ -496,7 +497,7 @@ def test_what_becomes_of_a_probe(clock: Clock) -> None:
         assert letters(turns) == "b"  # it is not tried again
         assert case.order() == "bA"
     clock.now = case["a"].breakers[V4].until
-    case.roster.allowed(next(case.roster.order(HOST, PLACE)), {V4})
+    case.roster.allowed(next(case.roster.order(HOST, TOWARDS)), {V4})
     case.roster.works(case["a"], V4, "t")
     assert case["a"].breakers == {}
     assert case.order() == "ab"
@@ -528,7 +529,7 @@ def test_without_another_one_that_is_ready_a_probe_may_take_its_time(clock: Cloc
 
 def test_what_the_caller_holds_back_comes_last_and_is_forced() -> None:
     case = Case("abc")
-    for turn in (turns := case.roster.order(HOST, PLACE)):
+    for turn in (turns := case.roster.order(HOST, TOWARDS)):
         turn.held_back = letter(turn.origin.source) in "ab"
         if letter(turn.origin.source) == "c":
             break
@@ -539,7 +540,7 @@ def test_what_is_avoided_and_held_back_comes_last_as_well() -> None:
     case = Case("abc")
     case.roster.shun(case["a"], HOST, NO_ROUTE)
     tried = ""
-    for turn in case.roster.order(HOST, PLACE):
+    for turn in case.roster.order(HOST, TOWARDS):
         tried += letter(turn.origin.source).upper() if turn.forced else letter(turn.origin.source)
         turn.held_back = tried == "bca"
     assert tried == "bcaA"
@@ -551,7 +552,7 @@ def test_what_is_avoided_and_held_back_comes_last_as_well() -> None:
 def test_a_source_whose_time_ends_meanwhile_is_tried(clock: Clock) -> None:
     case = Case("ab")
     case.fails("b")
-    turns = case.roster.order(HOST, PLACE)
+    turns = case.roster.order(HOST, TOWARDS)
     assert letter(next(turns).origin.source) == "a"
     clock.now += 2.0  # which took a while
     case.fails("a")
@@ -560,7 +561,7 @@ def test_a_source_whose_time_ends_meanwhile_is_tried(clock: Clock) -> None:
 
 def test_a_source_that_comes_meanwhile_is_tried() -> None:
     case = Case("ab")
-    turns = case.roster.order(HOST, PLACE)
+    turns = case.roster.order(HOST, TOWARDS)
     next(turns)
     case.roster.add("if!c")
     assert letters(turns) == "bC"
@@ -570,7 +571,7 @@ def test_a_source_that_goes_meanwhile_is_not_tried() -> None:
     case = Case("abcd")
     case.roster.shun(case["c"], HOST, NO_ROUTE)
     case.fails("d")
-    turns = case.roster.order(HOST, PLACE)
+    turns = case.roster.order(HOST, TOWARDS)
     tried = letter(next(turns).origin.source)
     held = [case.roster.remove("if!b")]
     case.roster.add("if!e")
@@ -583,7 +584,7 @@ def test_a_source_that_goes_when_only_those_that_are_avoided_are_left() -> None:
     case = Case("abc")
     case.roster.shun(case["a"], HOST, NO_ROUTE)
     case.roster.shun(case["b"], HOST, NO_ROUTE)
-    turns = case.roster.order(HOST, PLACE)
+    turns = case.roster.order(HOST, TOWARDS)
     tried = letter(next(turns).origin.source) + letter(next(turns).origin.source)
     held = case.roster.remove("if!b")
     assert tried + letters(turns) == "ca"
@@ -592,7 +593,7 @@ def test_a_source_that_goes_when_only_those_that_are_avoided_are_left() -> None:
 
 def test_a_source_that_was_held_back_and_goes_meanwhile_is_not_tried() -> None:
     case = Case("ab")
-    turns = case.roster.order(HOST, PLACE)
+    turns = case.roster.order(HOST, TOWARDS)
     next(turns).held_back = True
     next(turns).held_back = True
     held = case.roster.remove("if!a")
@@ -603,7 +604,7 @@ def test_a_source_that_was_held_back_and_goes_meanwhile_is_not_tried() -> None:
 def test_a_source_that_fails_meanwhile_is_tried_once() -> None:
     case = Case("abc")
     tried = ""
-    for turn in case.roster.order(HOST, PLACE):
+    for turn in case.roster.order(HOST, TOWARDS):
         tried += letter(turn.origin.source)
         case.fails(tried[-1])
     assert tried == "abc"
