@@ -16,6 +16,7 @@ import time
 import warnings
 import weakref
 from contextlib import asynccontextmanager
+from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 
 import aiolimiter  # noqa: F401 - else the first connector with a rate would read it on the loop
@@ -24,6 +25,8 @@ import trustme
 from dns_server import DnsServer
 
 import aiobind
+from aiobind._binding import Target
+from aiobind._interfaces import LinkGoneError
 from aiobind.lab import Namespace
 
 if TYPE_CHECKING:
@@ -616,6 +619,26 @@ async def test_ports_of_a_single_source_are_forgotten(port: int, monkeypatch: py
         (await connector.connect(HOST, port)).close()
         (origin,) = connector._dialer.roster.listed
         assert len(origin._lingering) <= 1
+
+
+@pytest.mark.parametrize(("kind", "blamed"), [(aiobind.BindError, True), (LinkGoneError, False)])
+def test_who_is_blamed_for_a_link_that_went(kind: type[aiobind.BindError], blamed: bool) -> None:
+    """The roster hears of it by the interfaces, and of its return, which may be before the attempt has ended."""
+    dialer = aiobind.Connector("127.0.0.2", "127.0.0.3")._dialer
+    origin = dialer.roster.find("127.0.0.2")
+    dialer._judge(origin, Target.of(ip_address(HOST), 80), f"{HOST}:80", kind(errno.ENETUNREACH, "n1 is down"), 0.0)
+    assert bool(origin.breakers) is blamed
+
+
+def test_a_connector_with_dns_is_gone_as_soon_as_it_is_forgotten() -> None:
+    gc.disable()
+    try:
+        connector = aiobind.Connector("127.0.0.2", dns=("192.0.2.53",))
+        dialer = weakref.ref(connector._dialer)
+        del connector
+        assert dialer() is None
+    finally:
+        gc.enable()
 
 
 async def test_many_sources_that_fail_do_not_hold_the_loop(port: int) -> None:

@@ -456,6 +456,18 @@ async def test_connection_that_was_in_use_when_its_nic_went(lab: Lab, far: Far) 
         await until(lambda: not stats(connector)["if!n1"].connections, "the idle connection is closed", SOON)
 
 
+async def test_connection_of_a_nic_that_has_another_name_is_not_used_again(lab: Lab, far: Far) -> None:
+    """It goes on, for a socket follows its NIC; but it is no connection by n1 any more."""
+    connector = BoundTCPConnector("if!n1", "if!n2")
+    async with aiohttp.ClientSession(connector=connector) as session:
+        with connector.use_source("if!n1"):
+            async with session.post(url("1/300/1000/halves")) as response:
+                lose(lab, "n1", "renamed")
+                await until(lambda: stats(connector)["if!n1"].suspended_until, "the name is gone")
+                assert len(await response.read()) == 1000
+        await until(lambda: not stats(connector)["if!n1"].connections, "it is closed", SOON)
+
+
 @pytest.mark.parametrize("how", [how for how in LOSSES if how != "renamed"])  # an attempt follows its NIC's new name
 @pytest.mark.parametrize("door", ["Connector", "aiohttp"])
 async def test_attempts_go_on_from_the_next_source(lab: Lab, far: Far, witness: Witness, door: str, how: str) -> None:
