@@ -415,6 +415,15 @@ async def test_a_failing_source_gives_its_slot_back(server: Server) -> None:
         assert_free(client)
 
 
+async def test_bytes_are_counted_to_the_end(server: Server) -> None:
+    async with session(A, force_close=True) as client:
+        assert await get(client, server.url()) == A
+        await until(lambda: figures(client)[A].connections == 0)
+        (numbers,) = connector_of(client).stats()
+        assert numbers.bytes_sent > len("GET / HTTP/1.1")
+        assert numbers.bytes_received > len("HTTP/1.1 200 OK")
+
+
 async def test_a_connector_that_could_not_be_made_leaves_the_policy_free() -> None:
     policy = aiobind.RoundRobin()
     with pytest.raises(TypeError, match="bogus") as caught:

@@ -486,6 +486,20 @@ async def test_attempts_go_on_from_the_next_source(lab: Lab, far: Far, witness: 
         assert sum(connector.stats()[0].failures.values()) == 1
 
 
+@pytest.mark.parametrize("how", ["down", "deleted", "no address"])
+async def test_attempts_from_an_address_go_on_as_well(lab: Lab, far: Far, witness: Witness, how: str) -> None:
+    lab.far.ip("route add blackhole 198.18.1.2/32")
+    async with aiobind.Connector("198.18.1.2", "if!n2", policy=aiobind.Failover()) as connector:
+        (await connector.connect(V4, 80, source="if!n2")).close()  # the interfaces are known
+        attempt = asyncio.create_task(connector.connect(V4, 80))
+        await until(lambda: any(packet.source == "198.18.1.2" for packet in witness.packets()), "a SYN")
+        lose(lab, "n1", how)
+        began = time.monotonic()
+        with await asyncio.wait_for(attempt, 20) as sock:
+            assert aiobind.bound_source(sock).interface == "n2"
+        assert time.monotonic() < began + SOON
+
+
 @pytest.mark.parametrize("how", [how for how in LOSSES if how != "deleted"])
 @pytest.mark.parametrize("source", ["if!n1", "198.18.1.2"])
 async def test_connections_in_use_are_left_alone(lab: Lab, far: Far, source: str, how: str) -> None:
@@ -786,6 +800,7 @@ async def test_ports(lab: Lab, far: Far) -> None:
             await connector.connect(V4, 80)
         assert caught.value.errno == errno.EADDRNOTAVAIL
         # That is a matter of this destination.
+        assert [[*origin.avoid] for origin in connector._dialer.roster.listed] == [[f"{V4}:80"]] * 2
         assert [figures.suspended_until for figures in connector.stats()] == [None, None]
         socks.append(await connector.connect(V4, 80, source="if!n0"))
         socks.append(await connector.connect(V6, 80))
