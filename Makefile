@@ -2,7 +2,7 @@
 #
 #   make test PYTHON=python3.13               with another Python, in an environment of its own
 #   make test PYTEST_ARGS="-k egress -x"      whatever pytest takes
-#   make bench                                what a connect costs with many sources and addresses
+#   make bench BENCH_ARGS="--only ports"      what a connect costs, beside every peer; writes bench/results
 #   make leaktest                             where packets leave, beside curl and aiohttp; FULL=1: the whole product
 #   make fuzz FUZZ_SECONDS=600                the grammar and the netlink parser
 #   make test-oldest                          the oldest Python with the oldest dependencies
@@ -12,6 +12,7 @@ PYTHON_OLDEST ?= python3.11
 VENV ?= .venv$(if $(filter-out python3,$(PYTHON)),-$(subst /,-,$(PYTHON)))
 CONSTRAINTS ?=
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 FUZZ_SECONDS ?= 60
 FULL ?=
 
@@ -36,9 +37,8 @@ test: $(VENV)/.with-test
 test-oldest:
 	@$(MAKE) --no-print-directory test PYTHON=$(PYTHON_OLDEST) VENV=$(VENV)-oldest CONSTRAINTS=tests/constraints-oldest.txt
 
-bench: $(VENV)/.with-test
-	$(py) bench/flat.py
-	$(py) bench/flat.py --uvloop
+bench: $(VENV)/.with-bench
+	$(py) -m bench $(BENCH_ARGS)
 
 leaktest: $(VENV)/.with-test
 	$(py) tests/leaktable.py $(if $(FULL),--full)

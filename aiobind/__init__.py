@@ -12,19 +12,23 @@ The whole in one page. Each row imports only rows below it::
     _roster                              which source is next
     _origin   _health   _policy          one source and its figures; what has failed; the order of sources
     _limits                              how many connections a source may have
-    _plan   _race   _sockets   _faults   from a source to bindings; RFC 8305; one attempt; whose fault it was
+    _plan   _race   _sockets   _faults   from a source to bindings; RFC 8305; one socket; whose fault it was
     _scope   _interfaces   _sketch       what the context pins; the host's interfaces; latencies
-    _resolve   _ports   _events          names, off the loop; local ports; what is told of all this
+    _wait   _resolve   _ports   _events   how to wait for a connect; names, off the loop; local ports; what is told
+    _loops                               what a loop reads for all of them
     _platform   _sources                 the operating system, one file each; the grammar of sources
     _binding   _errors                   values: decisions, failures
     _advice                              what to say of an errno
 
 One connect: the policy orders the sources that are healthy (``_roster.order``); for the first of them that has room
 (``_roster.Route``) the destination becomes targets (``_dial.targets``); each target gets a binding or a refusal
-(``_plan``, by the rules of ``_binding``); what is left is raced (``_race``), each attempt being: open, pin, bind,
-connect (``_sockets``). It is held against the promise right before the connect and right after it, and the connection
+(``_plan``, by the rules of ``_binding``); what is left is raced (``_race``), each attempt being: open, pin, bind
+(``_sockets``), connect (``_wait``). It is held against the promise before the connect and after it, and the connection
 is counted until it ends (``_origin``). When the source fails for a reason of its own, nothing has been sent yet, and
 the next one is tried; the one that failed is left alone for a while (``_health``).
+
+As long as the interfaces stay what they are, all this is worked out once for each source and target, and then repeated
+(``_sockets.Opening``): the short way, which is left for the long one whenever anything refuses or has changed.
 
 Sources::
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import errno
 import socket
-from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeAlias
 
@@ -117,22 +116,40 @@ class LinkAddress(NamedTuple):
     deprecated: bool = False
 
 
-@dataclass(slots=True, eq=False)
 class Link:
     """One interface, as the kernel last described it."""
 
-    index: int
-    name: str
-    loopback: bool = False
-    kind: str = ""
-    master: int = 0
-    altnames: tuple[str, ...] = ()
-    up: bool = True
-    carrier: bool = True
-    #: by their text
-    addresses: dict[str, LinkAddress] = field(default_factory=dict[str, LinkAddress])
+    __slots__ = ("addresses", "altnames", "carrier", "index", "kind", "loopback", "master", "name", "up")
+
+    def __init__(
+        self,
+        index: int,
+        name: str,
+        *,
+        loopback: bool = False,
+        kind: str = "",
+        master: int = 0,
+        altnames: tuple[str, ...] = (),
+        up: bool = True,
+        carrier: bool = True,
+        addresses: dict[str, LinkAddress] | None = None,
+    ) -> None:
+        self.index = index
+        self.name = name
+        self.loopback = loopback
+        self.kind = kind
+        self.master = master
+        self.altnames = altnames
+        self.up = up
+        self.carrier = carrier
+        #: by their text
+        self.addresses = {} if addresses is None else addresses
+
+    def __repr__(self) -> str:
+        return f"Link({self.index}, {self.name!r})"
 
 
+@lru_cache(maxsize=4096)
 def zoneless(ip: IPAddress) -> str:
     """Return *ip* as text, without its zone."""
     return str(ip).partition("%")[0]

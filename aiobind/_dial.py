@@ -19,11 +19,11 @@ import os
 import socket
 import time
 import weakref
-from functools import partial
+from functools import lru_cache, partial
 from ipaddress import ip_address
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from ._binding import Binding, Exempt, Refusal, Target, zoneless
+from ._binding import Binding, Exempt, Refusal, Target
 from ._errors import AiobindError, BindError, ResolveError
 from ._events import Journal
 from ._faults import (
@@ -48,11 +48,12 @@ from ._race import interleave, race
 from ._resolve import SystemLookup, literal
 from ._roster import Roster, Route
 from ._scope import pinned
-from ._sockets import ANY_KIND, BoundSocket, BoundSource, connect, open_bound
-from ._sources import parse_source
+from ._sockets import ANY_KIND, BoundSocket, BoundSource, Opening
+from ._sources import is_fixed, parse_source
+from ._wait import way_of
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 
     from ._events import Event
     from ._interfaces import InterfaceTable
@@ -62,8 +63,9 @@ if TYPE_CHECKING:
     from ._roster import Turn
     from ._sockets import SocketOption
     from ._sources import Source
+    from ._wait import Connect
 
-__all__ = ["Dialer", "Reach"]
+__all__ = ["Dialer", "Reach", "lies_at"]
 
 #: How a look-up gets a socket to ask with: `Dialer.reach`.
 Reach: TypeAlias = "Callable[[Source | None, Target, int], Awaitable[BoundSocket]]"
@@ -73,6 +75,8 @@ _TRIES_PER_TURN = 50
 
 #: An attempt that is given up after so many seconds without an answer has waited in vain.
 _SILENCE = 1.0
+#: So many targets are known for each source: how their sockets are made.
+_KNOWN = 1000
 #: What ``direct`` decides: all is left to the routing table.
 _EXEMPT = Binding()
 
@@ -110,11 +114,13 @@ class Dialer:
         limits: Limits[Origin] | None = None,
         abort_on_link_down: bool = False,
         on_event: Callable[[Event], object] | None = None,
+        fast_connect: bool = False,
     ) -> None:
         self._journal = Journal(on_event)
         #: stands for this dialer in `_scope`, without holding it
         self.scope = object()
         self.limits: Limits[Origin] = Limits() if limits is None else limits
+        self._at_once = not (self.limits.limited or self.limits.paced)
         self._options = tuple((level, name, value) for level, name, value in socket_options)
         self._ports = LocalPorts(local_ports) if local_ports is not None else ANY_PORT
         self._strict = strict
@@ -124,8 +130,10 @@ class Dialer:
         self._lookup: Lookup = self._system if lookup is None else lookup(_weakly(self.reach))
         self._planner = Planner(lookup=self._lookup, borrow=borrow, sticky_prefix=sticky_prefix)
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._fast = fast_connect
+        self._way: Connect | None = None
         self._closed = False
-        self._port_count: int | None = None
+        self._half_of_ports: int | None = None
         self._aborts = abort_on_link_down
         #: whether anybody is going to be there to hear of the interfaces, which costs 0.3 ms once
         self.listens = True
@@ -159,6 +167,7 @@ class Dialer:
     def close(self) -> None:
         """Refuse new connections, and let go of the loop's interface watch."""
         self._closed = True
+        self._way = None  # who is waiting holds on to it
         self.limits.close()
         self.roster.close()
         self._lookup.close()
@@ -246,6 +255,12 @@ class Dialer:
 
     # ── route ──
 
+    def obvious(self, source: str | Source | None = None) -> Turn | None:
+        """Return the turn of the only source, where nobody can have to wait and no other is pinned; None: `route`."""
+        if source is not None or not self._at_once or pinned(self.scope) is not None:
+            return None
+        return self.roster.sole
+
     def route(
         self, host: str, port: int, source: str | Source | None = None, *, towards: tuple[str, int] | None = None
     ) -> Route:
@@ -257,12 +272,8 @@ class Dialer:
             source: the pin of this one call; it wins over ``use_source``.
             towards: the host and port that are connected to, where they are others (a proxy's).
         """
-        pin, place = pinned(self.scope) if source is None else parse_source(source), place_of(host)
-        if pin is not None:
-            order = partial(self.roster.only, pin)
-        else:
-            order = partial(self.roster.order, place, towards or (host, port))
-        return Route(order, self.limits, place)
+        pin = pinned(self.scope) if source is None else parse_source(source)
+        return Route(self.roster, self.limits, place_of(host), towards or (host, port), pin)
 
     # ── targets ──
 
@@ -325,10 +336,13 @@ class Dialer:
             BindError: the source can reach no name server.
         """
         try:
-            address = literal(host)
+            # The zone of an address is another number when its interface has come anew.
+            target = lies_at(host, port) if "%" not in host else lies_at.__wrapped__(host, port)
         except OSError as error:
             raise unresolved(host, port, error.strerror or "") from error
-        found = (address,) if address else await self.find(origin, host, port, family=family, flags=flags)
+        if target is not None and family in (0, target.family):
+            return [target]
+        found = await self.find(origin, host, port, family=family, flags=flags) if target is None else ()
         version = 6 if family == socket.AF_INET6 else 4
         targets = [Target.of(ip, port, zone) for ip, zone in found if not family or ip.version == version]
         if not targets:
@@ -337,7 +351,7 @@ class Dialer:
 
     # ── plan, race, verify, count ──
 
-    async def dial(
+    def dial(
         self,
         turn: Turn,
         host: str,
@@ -345,7 +359,7 @@ class Dialer:
         *,
         delay: float | None,
         begun: list[Target] | None = None,
-    ) -> BoundSocket:
+    ) -> Coroutine[Any, Any, BoundSocket]:
         """Return a socket connected to one of *targets* from the source whose *turn* it is, and counted there.
 
         Args:
@@ -360,9 +374,15 @@ class Dialer:
             ResolveError: the name of the source could not be resolved.
             ConnectError: no target answered.
         """
+        if not turn.origin.breakers or turn.forced or self._exempt(host, targets):
+            return self._dial(turn.origin, host, targets, delay, begun)
+        return self._probe(turn, host, targets, delay, begun)
+
+    async def _probe(
+        self, turn: Turn, host: str, targets: Sequence[Target], delay: float | None, begun: list[Target] | None
+    ) -> BoundSocket:
+        """Connect from a source that has failed before, as far as it may try again."""
         origin = turn.origin
-        if not origin.breakers or turn.forced or self._exempt(host, targets):
-            return await self._dial(origin, host, targets, delay=delay, begun=begun)
         families, probes = self.roster.allowed(turn, {target.family for target in targets})
         if not families:
             breaker = origin.breakers[targets[0].family]
@@ -374,7 +394,7 @@ class Dialer:
         deadline, began = asyncio.timeout(patience), time.monotonic()
         try:
             async with deadline:
-                return await self._dial(origin, host, allowed, delay=delay, begun=begun)
+                return await self._dial(origin, host, allowed, delay, begun)
         except TimeoutError as error:
             if not deadline.expired():
                 raise
@@ -399,52 +419,123 @@ class Dialer:
         origin: Origin,
         host: str,
         targets: Sequence[Target],
-        *,
         delay: float | None,
         begun: list[Target] | None,
     ) -> BoundSocket:
-        loop, source, destination = self.enter(), origin.source, destination_of(host, targets[0].port)
+        stamp = self._planner.stamp(time.monotonic())
+        openings, refusals = self._known(origin, targets) if stamp and stamp == origin.stamp else ((), [])
+        sock: BoundSocket | None = None
+        errors: list[OSError] = []
+        if len(openings) == 1:  # a race of one needs no race
+            try:
+                sock = await self._attempt(origin, host, openings[0], stamp, begun)
+            except OSError as error:
+                errors.append(error.with_traceback(None))  # which would hold this very frame
+        elif openings:
+            sock, errors = await self._race(origin, host, openings, delay, begun, stamp=stamp)
+        if sock is None and (not openings or len(errors) < len(openings)):  # unknown, or not to be repeated
+            openings, refusals = await self._work_out(origin, host, targets)
+            sock, errors = await self._race(origin, host, openings, delay, begun)
+        if sock is None:
+            tried = [(opening.target, error) for opening, error in zip(openings, errors, strict=True)]
+            raise self._failure(origin, host, targets, tried, refusals)
+        if origin.cut:
+            sock.close()
+            destination = destination_of(host, targets[0].port)
+            raise with_context(BindError(errno.ENETDOWN, "it was removed meanwhile"), origin.source, destination)
+        if sock.stood and len(openings) > 1:  # while the others were ended, it may have lost what it stands on
+            sock.stood = self._planner.stands(sock)
+        origin.opened(sock)
+        if self.roster.several:
+            self._mind_ports(origin, host, sock)
+        return sock
+
+    def _known(self, origin: Origin, targets: Sequence[Target]) -> tuple[Sequence[Opening], list[Refusal]]:
+        """Return how the sockets for *targets* are made, if that has been worked out for all of them."""
+        openings: list[Opening] = []
+        refusals: list[Refusal] = []
+        for target in targets:
+            known = origin.openings.get(target)
+            if known is None:
+                return (), []
+            if isinstance(known, Opening):
+                openings.append(known)
+            else:
+                refusals.append(known)
+        return openings, refusals
+
+    def _race(
+        self,
+        origin: Origin,
+        host: str,
+        openings: Sequence[Opening],
+        delay: float | None,
+        begun: list[Target] | None,
+        *,
+        stamp: int = 0,
+    ) -> Coroutine[Any, Any, tuple[BoundSocket | None, list[OSError]]]:
+        return race([partial(self._attempt, origin, host, opening, stamp, begun) for opening in openings], delay)
+
+    async def _work_out(
+        self, origin: Origin, host: str, targets: Sequence[Target]
+    ) -> tuple[list[Opening], list[Refusal]]:
+        """Decide how the sockets for *targets* are made, as the interfaces are now."""
+        source = origin.source
         try:
             decisions = await self._plan(source, host, targets)
         except (BindError, ResolveError) as error:
             origin.failed(error)
             for family in {target.family for target in targets}:
                 self.roster.fails(origin, family, error)
-            raise with_context(error, source, destination) from error.__cause__
-        bindings: dict[Target, Binding] = {}
+            raise with_context(error, source, destination_of(host, targets[0].port)) from error.__cause__
+        openings: list[Opening] = []
         refusals: list[Refusal] = []
         for target, decision in zip(targets, decisions, strict=True):
             if isinstance(decision, Refusal):
                 refusals.append(decision)
             else:
-                bindings[target] = decision
-        attempts = [
-            partial(self._attempt, loop, origin, *planned, destination=destination, begun=begun)
-            for planned in bindings.items()
-        ]
-        sock, errors = await race(attempts, delay)
-        if sock is None:
-            # To lack an address of the target's family is no failure, unless the source has lost it.
-            if not bindings and (origin.down is not None or any(no.errno != errno.EADDRNOTAVAIL for no in refusals)):
-                origin.failed(BindError(*refusals[0]))
-                origin.failed_at = time.monotonic()
-            raise combined(source, destination, list(zip(bindings, errors, strict=True)), refusals)
-        if origin.cut:
-            sock.close()
-            raise with_context(BindError(errno.ENETDOWN, "it was removed meanwhile"), source, destination)
-        sock.stood = self._planner.stands(sock)
-        origin.opened(sock)
-        assert sock.target is not None
-        self._mind_ports(origin, sock.target, destination)
-        return sock
+                openings.append(self._opening(decision, target))
+        stamp = self._planner.stamp(time.monotonic())
+        if stamp != origin.stamp or len(origin.openings) >= _KNOWN:
+            origin.openings, origin.stamp = {}, stamp
+        # What is exempt is so by the name of the destination as well; and a port that connect(2) does not choose is
+        # another one each time.
+        if stamp and is_fixed(source) and self._direct is None and self._ports.kept_by_system:
+            origin.openings.update((opening.target, opening) for opening in openings)
+            # A source without an address of one family has none until the interfaces change; all else is asked anew.
+            origin.openings.update(
+                (target, decision)
+                for target, decision in zip(targets, decisions, strict=True)
+                if isinstance(decision, Refusal) and decision.errno == errno.EADDRNOTAVAIL
+            )
+        return openings, refusals
 
-    def _mind_ports(self, origin: Origin, target: Target, destination: str) -> None:
+    def _opening(self, binding: Binding, target: Target) -> Opening:
+        return Opening(
+            binding, target, options=self._options, strict=self._strict, ports=self._ports, borrow=self._borrow
+        )
+
+    def _failure(
+        self,
+        origin: Origin,
+        host: str,
+        targets: Sequence[Target],
+        tried: list[tuple[Target, OSError]],
+        refusals: list[Refusal],
+    ) -> AiobindError:
+        # To lack an address of the target's family is no failure, unless the source has lost it.
+        if not tried and (origin.down is not None or any(no.errno != errno.EADDRNOTAVAIL for no in refusals)):
+            origin.failed(BindError(*refusals[0]))
+            origin.failed_at = time.monotonic()
+        return combined(origin.source, destination_of(host, targets[0].port), tried, refusals)
+
+    def _mind_ports(self, origin: Origin, host: str, sock: BoundSocket) -> None:
         """Past half of the ports for a target another source shall go first, for as long as it takes to free some."""
-        if len(self.roster) > 1:
-            if self._port_count is None:
-                self._port_count = len(self._ports)
-            if origin.ports[target] > self._port_count // 2:
-                origin.scarce[destination] = target, self._port_count // 2
+        if self._half_of_ports is None:
+            self._half_of_ports = len(self._ports) // 2
+        target = sock.target
+        if target is not None and origin.ports.get(target, 0) > self._half_of_ports:
+            origin.scarce[destination_of(host, target.port)] = target, self._half_of_ports
 
     async def reach(self, source: Source | None, target: Target, kind: int) -> BoundSocket:
         """Return a socket of *kind* connected to *target* from *source*, which no figure counts.
@@ -459,11 +550,15 @@ class Dialer:
             ResolveError: the name of the source could not be resolved.
             OSError: the system's answer.
         """
-        loop = self.enter()
+        self.enter()
         (decision,) = await self._planner.plan(source, (target,))
         if isinstance(decision, Refusal):
             raise BindError(*decision)
-        return await self._open(loop, target, decision, kind)
+        if kind == socket.SOCK_STREAM:
+            return await self._open(self._opening(decision, target))
+        # A mark may choose the route, so that a query is to have it too.
+        options = [option for option in self._options if option[0] in ANY_KIND]
+        return await self._open(Opening(decision, target, kind=kind, options=options, strict=self._strict))
 
     def _exempt(self, host: str, targets: Sequence[Target]) -> bool:
         """Return whether all of *targets* are exempt from the source, and nothing that they do says anything of it."""
@@ -476,54 +571,94 @@ class Dialer:
         decided = dict(zip(pinned, await self._planner.plan(source, pinned, host=host) if pinned else (), strict=True))
         return [decided.get(target, _EXEMPT) for target in targets]
 
-    async def _attempt(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        origin: Origin,
-        target: Target,
-        binding: Binding,
-        *,
-        destination: str,
-        begun: list[Target] | None,
-    ) -> BoundSocket:
-        """Try one target, and draw the conclusions about the source."""
+    async def _attempt(  # noqa: PLR0912 - each branch is an end of its own
+        self, origin: Origin, host: str, opening: Opening, stamp: int, begun: list[Target] | None
+    ) -> BoundSocket | None:
+        """Try one target, and draw the conclusions about the source.
+
+        Args:
+            origin: whence.
+            host: what the caller calls the destination.
+            opening: how its socket is made.
+            stamp: as of when that is known, so that it is only to be repeated; 0: it has just been worked out.
+            begun: is told of the target.
+
+        Returns:
+            None, only with a *stamp*: it cannot be repeated, and has to be worked out anew. No byte has been sent.
+
+        Raises:
+            OSError: it has failed.
+        """
+        if stamp and not self._planner.holds(stamp):  # a later leg of a race
+            return None
+        target, began = opening.target, time.monotonic()
         if begun is not None:
             begun.append(target)
-        source, began = origin.source, time.monotonic()
-        exempt = binding == _EXEMPT  # what becomes of it says nothing about the source
-
-        def failed(error: OSError) -> None:
-            origin.failed(error)
-            if self._journal.reads_attempts:
-                self._journal.failed(source, str(target), error, time.monotonic() - began)
-            if not exempt:
-                self._judge(origin, target, destination, error, began)
-
         try:
-            sock = await self._open(loop, target, binding)
+            if stamp:
+                sock = opening.repeat()
+                await self._connect(sock, opening, stamp, began)
+            else:
+                sock = await self._open(opening)
         except asyncio.CancelledError:
             # Given up by a caller whose patience had an end, or because another target has answered. The first SYN is
             # repeated after a second (RFC 6298): from then on the silence means something.
             if time.monotonic() - began >= _SILENCE:
-                failed(TimeoutError(errno.ETIMEDOUT, "no answer"))
+                self._failed(origin, host, opening, TimeoutError(errno.ETIMEDOUT, "no answer"), began)
             raise
         except OSError as error:
-            failed(error)
+            if stamp and _may_be_outdated(error):
+                origin.openings.pop(target, None)
+                return None
+            self._failed(origin, host, opening, error, began)
             raise
+        if stamp and not self._planner.holds(stamp) and not await self._stands(origin.source, host, opening, sock):
+            sock.close()
+            return None
         seconds = time.monotonic() - began
         sock.target = target
-        sock.bound = BoundSource(source, sock.interface, *sock.name)
-        if binding.owner is not None:
-            sock.ifindex = binding.owner.index
+        sock.bound = BoundSource(origin.source, sock.interface, *sock.name)
+        if not stamp or opening.stood is None:
+            opening.stood = self._planner.stands(sock)
+        sock.stood = opening.stood
         origin.latency.add(seconds)
-        if not exempt:
+        if opening.binding is not _EXEMPT:  # what becomes of it says nothing about the source
             self.roster.works(origin, target.family, target)
         if self._journal.reads_attempts:
-            self._journal.connected(source, str(target), seconds)
-        if binding.device is not None and sock.interface is None and not origin.unpinned:
-            origin.unpinned = True
-            self._journal.unpinned(source, str(target))
+            self._journal.connected(origin.source, str(target), seconds)
+        if sock.interface is None and opening.binding.device is not None:
+            self._tell_unpinned(origin, target)
         return sock
+
+    def _tell_unpinned(self, origin: Origin, target: Target) -> None:
+        if not origin.unpinned:
+            origin.unpinned = True
+            self._journal.unpinned(origin.source, str(target))
+
+    async def _stands(self, source: Source, host: str, opening: Opening, sock: BoundSocket) -> bool:
+        """Return whether it would be decided now as it was for *sock*: the name may be another interface's by now."""
+        try:
+            (decision,) = await self._plan(source, host, (opening.target,))
+        except BaseException as error:
+            sock.close()
+            if not isinstance(error, OSError):
+                raise
+            return False
+        owner = None if isinstance(decision, Refusal) or decision.owner is None else decision.owner.index
+        if isinstance(decision, Refusal) or owner != (sock.ifindex or None):
+            return False
+        if decision.local and sock.local not in decision.local:
+            return False
+        return self._planner.stands(sock)
+
+    def _failed(self, origin: Origin, host: str, opening: Opening, error: OSError, began: float) -> None:
+        """Count an attempt that has failed."""
+        origin.failed(error)
+        target = opening.target
+        if self._journal.reads_attempts:
+            self._journal.failed(origin.source, str(target), error, time.monotonic() - began)
+        if opening.binding is not _EXEMPT:
+            self._judge(origin, target, destination_of(host, target.port), error, began)
 
     def _judge(self, origin: Origin, target: Target, destination: str, error: OSError, began: float) -> None:
         """Draw the conclusions from an attempt that has failed."""
@@ -538,75 +673,116 @@ class Dialer:
         elif error.errno in ANSWERS:
             self.roster.works(origin, target.family, target)
 
-    async def _open(
-        self, loop: asyncio.AbstractEventLoop, target: Target, binding: Binding, kind: int = socket.SOCK_STREAM
-    ) -> BoundSocket:
+    async def _open(self, opening: Opening) -> BoundSocket:
         """Return a connected socket; where the system finds no free port for one, try the next way to get one."""
-        stream = kind == socket.SOCK_STREAM
-        # A mark may choose the route, so that a query is to have it too.
-        options = self._options if stream else [option for option in self._options if option[0] in ANY_KIND]
-        ports = self._ports if stream else ANY_PORT
         failure: OSError | None = None
-        for turn, port in enumerate(ports.ways()):
+        for turn, port in enumerate(opening.ports.ways()):
             if turn % _TRIES_PER_TURN == _TRIES_PER_TURN - 1:
                 await asyncio.sleep(0)
             try:
-                sock = open_bound(
-                    binding, target, kind=kind, options=options, strict=self._strict, ports=ports, port=port
-                )
+                sock = opening.open(port)
             except BindError as error:
                 if error.errno != errno.EADDRINUSE:
                     raise
                 failure = failure or bare(error)
                 continue
             try:
-                await self._connect(loop, sock, target, binding)
-            except BaseException as error:
-                sent = platform.sent(sock)
-                sock.close()
-                if isinstance(error, AiobindError) or not isinstance(error, OSError):
-                    raise
+                await self._connect(sock, opening)
+            except AiobindError:
+                raise
+            except OSError as error:
                 if error.errno != errno.EADDRNOTAVAIL:
-                    raise plain(error, sent=sent) from bare(error)
+                    raise
                 failure = failure or bare(error)
             else:
                 return sock
         assert failure is not None
         try:
             # One errno for that, the one of connect(2), whichever call it was that found none.
-            reason = f"no source address or {ports} is left for this destination"
+            reason = f"no source address or {opening.ports} is left for this destination"
             raise NoPortError(errno.EADDRNOTAVAIL, reason) from failure
         finally:
             del failure  # which would hold this very frame
 
-    async def _connect(
-        self, loop: asyncio.AbstractEventLoop, sock: BoundSocket, target: Target, binding: Binding
-    ) -> None:
-        """Connect *sock*, and hold what became of it against the promise, before and after."""
-        guard = self._planner.guard(sock, binding, target)
-        if guard is None:
-            await connect(loop, sock, target)
-        else:
-            with guard:
-                await guard.confirm()
+    async def _connect(self, sock: BoundSocket, opening: Opening, stamp: int = 0, began: float = 0.0) -> None:
+        """Connect *sock*, and hold what became of it against the promise, before and after; close it if that fails."""
+        failure: OSError | None = None
+        try:
+            way = self._way
+            if way is None:
+                way = way_of(asyncio.get_running_loop(), fast=self._fast)
+                if not self._closed:
+                    self._way = way
+            if not stamp or opening.stood is None:
+                await self._guarded(way, sock, opening)
+            elif not opening.stood:
+                await way(sock, opening.sockaddr)
+            else:
+                # There is a guard when there is something to guard against: seldom.
+                watch = self._planner.watching()
+                watch.begin(sock, opening.watched, began)
                 try:
-                    await connect(loop, sock, target)
+                    await way(sock, opening.sockaddr)
                 except OSError as error:
-                    if not guard.aborted:
-                        raise
-                    await guard.confirm(bare(error))  # it was the guard that ended it
-                await guard.confirm()
+                    failure = error
+                finally:
+                    guard = watch.end(sock)
+                if guard is not None and guard.aborted:  # though the connect may have ended well a moment before
+                    await guard.confirm(None if failure is None else bare(failure))
+                if failure is not None:
+                    raise failure
+            self._verify(sock, opening)
+        except BaseException as error:
+            failure = None  # which would hold this very frame
+            sent = platform.sent(sock)
+            sock.close()
+            if isinstance(error, AiobindError) or not isinstance(error, OSError) or error.errno == errno.EADDRNOTAVAIL:
+                raise
+            raise plain(error, sent=sent) from bare(error)
+
+    def _verify(self, sock: BoundSocket, opening: Opening) -> None:
+        """Hold what *sock* has connected from against the promise, before a first byte."""
         sock.name = address, port = sock.getsockname()[:2]
-        if sock.name == (target.host, target.port) and sock.type == socket.SOCK_STREAM:
+        target, stream = opening.target, sock.type == socket.SOCK_STREAM
+        if stream and port == target.port and address == target.host:
             # TCP connects a port to itself where nobody listens and connect(2) happens to choose that very port
             # (simultaneous open, RFC 9293 section 3.5).
             raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
-        promised = None if sock.local is None else zoneless(sock.local)
+        promised = sock.promised
         # The text of ::/96 differs between Python and C.
         if promised is not None and promised != address and ip_address(promised) != ip_address(address):
             reason = f"the system connected from {address} instead of {promised}; no data was sent"
             raise BindError(errno.EADDRNOTAVAIL, reason)
-        if port not in self._ports and sock.type == socket.SOCK_STREAM:
-            self._ports.doubt()
-            reason = f"the system connected from {port}, which is no {self._ports}; no data was sent"
+        ports = opening.ports
+        if ports is not ANY_PORT and stream and port not in ports:
+            ports.doubt()
+            reason = f"the system connected from {port}, which is no {ports}; no data was sent"
             raise BindError(errno.EADDRNOTAVAIL, reason)
+
+    async def _guarded(self, way: Connect, sock: BoundSocket, opening: Opening) -> None:
+        """Connect under guard; the interface is looked at right before, and after."""
+        guard = self._planner.guard(sock, opening.binding, opening.target)
+        if guard is None:
+            await way(sock, opening.sockaddr)
+            return
+        with guard:
+            await guard.confirm()
+            try:
+                await way(sock, opening.sockaddr)
+            except OSError as error:
+                if not guard.aborted:
+                    raise
+                await guard.confirm(bare(error))  # it was the guard that ended it
+            await guard.confirm()
+
+
+def _may_be_outdated(error: OSError) -> bool:
+    """Return whether it may be for want of a look at how things are now, or of another way to get a port."""
+    return isinstance(error, BindError) or (error.errno == errno.EADDRNOTAVAIL and not isinstance(error, AiobindError))
+
+
+@lru_cache(maxsize=1024)
+def lies_at(host: str, port: int) -> Target | None:
+    """Return the target that *host* is if it is a literal address; None: it is a name."""
+    address = literal(host)
+    return None if address is None else Target.of(address.ip, port, address.scope_id)

@@ -10,6 +10,7 @@ import errno
 import os
 import socket
 from contextlib import suppress
+from functools import lru_cache
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Final
 
@@ -45,6 +46,7 @@ class NoPortError(BindError):
     """The source has no port left for one destination."""
 
 
+@lru_cache(maxsize=4096)
 def place_of(host: str) -> str:
     """Return *host* as it is compared: without case and the dot of the root, and as it is asked for (IDNA).
 

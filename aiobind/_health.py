@@ -7,7 +7,6 @@ The time is an argument: no clock here, so that every rule is a row of a table i
 
 from __future__ import annotations
 
-import random
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -57,6 +56,8 @@ class Breaker:
         if now - self.until > self._longest:
             self.failures = 0  # it has been all right for a long time
         self.error = error
+        import random  # noqa: PLC0415 - 1 ms of each import, for what seldom happens
+
         # Up to half of it less, lest all that failed together come back together.
         length = min(self._first * 2.0 ** min(self.failures, 60), self._longest) * random.uniform(0.5, 1.0)
         self.failures += 1

@@ -15,12 +15,15 @@ import asyncio
 import errno
 import math
 import socket
+import time
 import weakref
 from contextlib import suppress
+from itertools import count
 from typing import TYPE_CHECKING, Protocol, Self, TypeAlias, cast
 
 from ._binding import Binding, Link, Refusal, bind_on_link, listed, zoneless
 from ._errors import BindError
+from ._loops import PerLoop
 from ._platform import platform
 from ._platform.base import AddressGone, AddressSeen, LinkGone, LinkSeen, ListEnd
 from ._sources import Address, Interface
@@ -28,6 +31,7 @@ from ._sources import Address, Interface
 if TYPE_CHECKING:
     from ._binding import IPAddress, LinkAddress, Target
     from ._platform.base import Feed, Record
+    from ._sockets import BoundSocket
     from ._sources import Source
 
 __all__ = ["Guard", "InterfaceTable", "InterfaceWatch", "Interfaces", "LinkGoneError", "Listener", "NoNeighbourError"]
@@ -35,9 +39,16 @@ __all__ = ["Guard", "InterfaceTable", "InterfaceWatch", "Interfaces", "LinkGoneE
 #: Datagrams that one turn of the loop reads at most, so that a host with 10,000 addresses stalls nobody.
 _PIECES_PER_TURN = 2
 
+#: For so many seconds the table is trusted without a look, while the loop reads what comes. Should it be wrong, that is
+#: found out after the connect, for the news have been read by then: a SYN may have gone, but no byte.
+_TRUST = 0.002
+
 #: After so many seconds the kernel has asked for a neighbour in vain (neighbour discovery: 3 times, one second each).
 _NEIGHBOUR_TIMEOUT = 3.08
 
+
+_changes = count(1)
+_Watched: TypeAlias = "tuple[Link | None, Target, bool]"
 
 _Question: TypeAlias = "tuple[str, int, str, tuple[IPAddress, ...] | None, bool]"
 
@@ -51,8 +62,9 @@ class InterfaceTable:
         #: every address of this host, as text, and the entries of the links that hold it
         self.own: dict[str, dict[tuple[int, bytes], LinkAddress]] = {}
         self._decisions: dict[_Question, Binding | Refusal] = {}
-        #: how often something has changed; and how often something has gone that a connection may stand on
-        self.changes = self.losses = 0
+        #: another number after each change, and no two tables have the same; and how often something has gone that a
+        #: connection may stand on
+        self.changes, self.losses = next(_changes), 0
 
     def apply(self, record: Record) -> None:
         """Take one record in."""
@@ -60,7 +72,7 @@ class InterfaceTable:
             case LinkSeen():
                 self._link(record)
             case LinkGone(index):
-                self.changes += 1
+                self.changes = next(_changes)
                 self.losses += 1
                 self._gone(index)
             case AddressSeen(index, address, entry) if index in self._links:
@@ -68,11 +80,11 @@ class InterfaceTable:
                 entries = self.own.setdefault(text, {})
                 if entries.get((index, entry)) == address:
                     return  # a router's advertisement has made it younger
-                self.changes += 1
+                self.changes = next(_changes)
                 self._links[index].addresses[text] = address
                 entries[index, entry] = address
             case AddressGone(index, ip, entry) if index in self._links:
-                self.changes += 1
+                self.changes = next(_changes)
                 self.losses += 1
                 other = self._disown(index, str(ip), entry)
                 if other is not None:
@@ -86,9 +98,16 @@ class InterfaceTable:
     def _link(self, seen: LinkSeen) -> None:
         old = self._links.get(seen.ifindex)
         link = Link(
-            seen.ifindex, seen.name, seen.loopback, seen.kind, seen.master, seen.altnames, seen.up, seen.carrier
+            seen.ifindex,
+            seen.name,
+            loopback=seen.loopback,
+            kind=seen.kind,
+            master=seen.master,
+            altnames=seen.altnames,
+            up=seen.up,
+            carrier=seen.carrier,
         )
-        self.changes += 1
+        self.changes = next(_changes)
         if old is not None:
             lost = (old.up and not link.up) or (old.carrier and not link.carrier)
             self.losses += lost or (old.name, old.altnames) != (link.name, link.altnames)
@@ -305,38 +324,30 @@ class Interfaces:
         return self.table
 
 
-_watches: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, weakref.ref[InterfaceWatch]]
-_watches = weakref.WeakKeyDictionary()
-
-
-class InterfaceWatch:
+class InterfaceWatch(PerLoop):
     """Keeps the interfaces of one loop true. Get it by ``of``; hold it while it is needed."""
 
     @classmethod
-    def of(cls, loop: asyncio.AbstractEventLoop) -> InterfaceWatch:
-        """Return the watch of *loop*, which all who ask share.
-
-        Raises:
-            OSError: the system does not tell of its interfaces.
-        """
-        reference = _watches.get(loop)
-        watch = reference() if reference else None
-        if watch is None:
-            watch = cls(loop, platform.feed())
-            _watches[loop] = weakref.ref(watch)
-        return watch
+    def _open(cls, loop: asyncio.AbstractEventLoop) -> Self:
+        return cls(loop, platform.feed())
 
     def __init__(self, loop: asyncio.AbstractEventLoop, feed: Feed) -> None:
+        super().__init__(loop, feed)
         self._loop = loop
         self._interfaces = Interfaces(feed)
+        self._announces = feed.announces
+        #: the table's number of changes; 0 while there may be more to read
+        self.stamp = 0
+        #: when that was true, by ``time.monotonic()``
+        self._true_at = -math.inf
         self._waiting: list[asyncio.Future[OSError | None]] = []
         self._listeners: weakref.WeakSet[Listener] = weakref.WeakSet()
         self._heard: tuple[InterfaceTable | None, int, int] = (None, 0, 0)
+        #: attempts under way; and those of them that have a guard already
+        self._attempts: dict[BoundSocket, tuple[_Watched, float]] = {}
+        self._guarded: dict[BoundSocket, Guard] = {}
         self.guards: set[Guard] = set()
         self._sweep_is_due = False
-        loop.add_reader(feed.fileno(), _on_readable, cast("weakref.ref[InterfaceWatch]", weakref.ref(self)))
-        # Not __del__: the collector may run in any thread, and remove_reader belongs to the loop's.
-        weakref.finalize(self, _close, loop, feed).atexit = False
 
     def listen(self, listener: Listener) -> None:
         """Tell *listener*, which is held weakly, of the interfaces now or soon, and whenever they change.
@@ -349,6 +360,7 @@ class InterfaceWatch:
             assert self._interfaces.table is not None
             listener.links_changed(self._interfaces.table, lost=True)
         else:
+            self.stamp = 0
             self._interfaces.read()  # asks for them; the answer comes by the reader
 
     @property
@@ -364,6 +376,30 @@ class InterfaceWatch:
         """
         return self._interfaces.table if self._interfaces.quiet() else None
 
+    def trusted(self, now: float) -> int:
+        """Return the stamp if it was true a moment ago, which costs nothing while connects follow each other.
+
+        Args:
+            now: by ``time.monotonic()``.
+
+        Raises:
+            OSError: the system refused to tell.
+        """
+        if not self.stamp or now - self._true_at > _TRUST:
+            table = self.look()
+            if table is None:
+                return 0
+            self.stamp, self._true_at = table.changes, now
+        return self.stamp
+
+    def has_waited(self, since: float) -> None:
+        """Take note that somebody has waited for an event of the loop since then, by ``time.monotonic()``.
+
+        The loop looks at all descriptors at once, and reads the news before whoever waited goes on.
+        """
+        if self._announces and self.stamp and since > self._true_at:
+            self._true_at = since
+
     async def caught_up(self) -> InterfaceTable:
         """Return the table after all news that the system has sent.
 
@@ -374,7 +410,7 @@ class InterfaceWatch:
             refusal: asyncio.Future[OSError | None] = self._loop.create_future()
             self._waiting.append(refusal)
             # Others run between the pieces, and may be the ones who read that the system refused.
-            while self._read() and not (refusal.done() and refusal.result()):  # noqa: ASYNC110 - see above
+            while self.on_readable() and not (refusal.done() and refusal.result()):  # noqa: ASYNC110 - see above
                 await asyncio.sleep(0)
             error = await refusal
             if error is not None:
@@ -389,36 +425,69 @@ class InterfaceWatch:
             OSError: the system refused to tell.
         """
         self._interfaces.doubt()
+        self.stamp = 0
         return await self.caught_up()
 
-    def enter(self, guard: Guard) -> float:
-        """Watch over an attempt; return the time."""
-        self.guards.add(guard)
-        now = self._loop.time()
-        if not self._sweep_is_due:
-            self._sweep_at(now + _NEIGHBOUR_TIMEOUT)
-        return now
+    def begin(self, sock: BoundSocket, watched: _Watched, began: float) -> None:
+        """Watch over an attempt whose guard is made when there is something to guard against: seldom.
 
-    def _sweep_at(self, when: float) -> None:
+        Args:
+            sock: which begins to connect.
+            watched: the link that it stands and falls with, its target, and whether it borrows its address.
+            began: by ``time.monotonic()``.
+        """
+        self._attempts[sock] = watched, began
+        if not self._sweep_is_due:
+            self._sweep_in(_NEIGHBOUR_TIMEOUT)
+
+    def end(self, sock: BoundSocket) -> Guard | None:
+        """End `begin`; return the guard, if there was something to guard against."""
+        attempt = self._attempts.pop(sock, None)
+        if attempt is not None:
+            self.has_waited(attempt[1])
+            return None
+        guard = self._guarded.pop(sock)
+        self.guards.discard(guard)
+        return guard
+
+    def _guard(self, sock: BoundSocket, watched: _Watched, began: float) -> None:
+        link, target, borrow = watched
+        guard = self._guarded[sock] = Guard(self, sock, link, sock.local, target, borrow=borrow)
+        guard.began = began
+
+    def _guard_all(self, due: float = math.inf) -> None:
+        """Make the guards of all attempts that have begun by then."""
+        for sock, (watched, began) in tuple(self._attempts.items()):
+            if began <= due:
+                del self._attempts[sock]
+                self._guard(sock, watched, began)
+
+    def enter(self, guard: Guard) -> float:
+        """Watch over an attempt; return the time, by ``time.monotonic()``."""
+        self.guards.add(guard)
+        if not self._sweep_is_due:
+            self._sweep_in(_NEIGHBOUR_TIMEOUT)
+        return time.monotonic()
+
+    def _sweep_in(self, seconds: float) -> None:
         # One timer for all attempts, the oldest one's: none of them pays for one of its own.
         self._sweep_is_due = True
-        self._loop.call_at(when, _on_sweep, cast("weakref.ref[InterfaceWatch]", weakref.ref(self)))
+        self._loop.call_later(seconds, _on_sweep, cast("weakref.ref[InterfaceWatch]", weakref.ref(self)))
 
     def _sweep(self) -> None:
         """Have the attempts that are old enough look for their neighbour."""
         self._sweep_is_due = False
-        now = self._loop.time()
-        due = now - _NEIGHBOUR_TIMEOUT
+        due = time.monotonic() - _NEIGHBOUR_TIMEOUT
+        self._guard_all(due)
         # A neighbour may be lost later as well, and nobody would tell of that either.
-        again = [
-            now + 1.0 if guard.look_for_neighbour(due) else guard.began + _NEIGHBOUR_TIMEOUT for guard in self.guards
-        ]
+        again = [1.0 if guard.look_for_neighbour(due) else guard.began - due for guard in self.guards]
+        again += [began - due for _, began in self._attempts.values()][:1]  # they are in the order of their time
         if again:
-            self._sweep_at(min(again))
+            self._sweep_in(min(again))
 
-    def _read(self) -> bool:
+    def on_readable(self) -> bool:
         """Take in a few pieces of news, and tell those who wait; return whether there may be more."""
-        more = True
+        self.stamp, more = 0, True
         try:
             for _ in range(_PIECES_PER_TURN):
                 more = self._interfaces.read()
@@ -428,9 +497,12 @@ class InterfaceWatch:
             self._tell(error)
             return False
         if self._interfaces.told:
+            if not more and self._interfaces.table is not None:
+                self.stamp = self._interfaces.table.changes
             self._tell(None)
             self._tell_listeners()
-        if self.guards and self._interfaces.table is not None:
+        if (self.guards or self._attempts) and self._interfaces.table is not None:
+            self._guard_all()
             for guard in tuple(self.guards):
                 guard.check(self._interfaces.table)
         return more
@@ -496,16 +568,15 @@ class Guard:
         self._watch = watch  # which lives as long as it is needed, also when the connector is closed meanwhile
         self._sock = sock
         self._link = link
-        self._local = None if local is None else (local,)
+        self._local = local
         self._target = target
         self._borrow = borrow
         self._looked = -math.inf
-        self.began: float = 0.0
         self.refusal: Refusal | None = None
         self.silent_hop: str | None = None
+        self.began = watch.enter(self)
 
     def __enter__(self) -> Self:
-        self.began = self._watch.enter(self)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -541,14 +612,15 @@ class Guard:
     def _refused_by(self, table: InterfaceTable) -> Refusal | None:
         if self._link is None:
             assert self._local is not None
-            if table.stands(None, 0, zoneless(self._local[0])):
+            if table.stands(None, 0, zoneless(self._local)):
                 return None
-            return table.trouble(Address(self._local[0]))
+            return table.trouble(Address(self._local))
         # By its index, for a socket follows its interface through a change of name, and no other link of that name.
         name = table.name_of(self._link.index)
         if name is None:
             return Refusal(errno.ENODEV, f"{self._link.name} is gone")
-        decision = table.bind(name, self._target, self._local, borrow=self._borrow)
+        local = None if self._local is None else (self._local,)
+        decision = table.bind(name, self._target, local, borrow=self._borrow)
         return decision if isinstance(decision, Refusal) else None
 
     def look_for_neighbour(self, due: float) -> bool:
@@ -563,7 +635,7 @@ class Guard:
             assert self._link is not None
             assert self._local is not None
             with suppress(OSError):
-                source = zoneless(self._local[0])
+                source = zoneless(self._local)
                 self.silent_hop = platform.silent_hop(self._link.index, self._target.host, source)
         if self.silent_hop is not None:
             self._abort()
@@ -583,20 +655,3 @@ def _on_sweep(reference: weakref.ref[InterfaceWatch]) -> None:
     watch = reference()
     if watch is not None:
         watch._sweep()  # noqa: SLF001 # pyright: ignore[reportPrivateUsage] - its own callback, without a hard reference
-
-
-def _on_readable(reference: weakref.ref[InterfaceWatch]) -> None:
-    watch = reference()
-    if watch is not None:
-        watch._read()  # noqa: SLF001 # pyright: ignore[reportPrivateUsage] - its own callback, without a hard reference
-
-
-def _close(loop: asyncio.AbstractEventLoop, feed: Feed) -> None:
-    def close() -> None:
-        loop.remove_reader(feed.fileno())
-        feed.close()
-
-    try:
-        loop.call_soon_threadsafe(close)
-    except RuntimeError:  # the loop is closed, and has forgotten its readers
-        feed.close()

@@ -21,9 +21,9 @@ from ._sources import Prefix
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from ._binding import Target
+    from ._binding import Refusal, Target
     from ._health import Breaker
-    from ._sockets import BoundSocket, Traffic
+    from ._sockets import BoundSocket, Opening, Traffic
     from ._sources import Source
 
 __all__ = ["Origin", "SourceStats"]
@@ -95,10 +95,12 @@ class Origin:
         "held",
         "latency",
         "on_change",
+        "openings",
         "ports",
         "removed",
         "scarce",
         "source",
+        "stamp",
         "unpinned",
         "works",
     )
@@ -106,7 +108,8 @@ class Origin:
     def __init__(self, source: Source, *, pooled: bool) -> None:
         self.source = source
         self._pooled = pooled
-        self._sockets: weakref.WeakValueDictionary[int, BoundSocket] = weakref.WeakValueDictionary()
+        #: by descriptor; each tells of its end, also when it is collected
+        self._sockets: dict[int, weakref.ref[BoundSocket]] = {}
         self.connections = 0
         self.connects = 0
         #: attempts under way
@@ -118,7 +121,7 @@ class Origin:
         self.latency = LatencySketch()
         self.bytes_sent = self.bytes_received = 0
         #: local ports that are taken, by target; those in TIME_WAIT, with the time at which they are free again
-        self.ports: Counter[Target] = Counter()
+        self.ports: dict[Target, int] = {}
         self._has_ports = not isinstance(source, Prefix)
         self._lingering: deque[tuple[float, Target]] = deque()
         #: told of every change of a figure that a policy sees
@@ -141,6 +144,9 @@ class Origin:
         self.cut = False
         #: a missing pin has been told of
         self.unpinned = False
+        #: how its sockets are made, by target, or why not; worked out when `_plan`'s stamp was that
+        self.openings: dict[Target, Opening | Refusal] = {}
+        self.stamp = 0
 
     # ── connections ──
 
@@ -152,54 +158,69 @@ class Origin:
     @property
     def sockets(self) -> list[BoundSocket]:
         """The sockets of its open connections; any thread may ask."""
-        return [sock for reference in self._sockets.valuerefs() if (sock := reference()) is not None]
+        return [sock for reference in self._sockets.copy().values() if (sock := reference()) is not None]
 
     def opened(self, sock: BoundSocket) -> None:
         """Count a connection until *sock* ends."""
         self.connections += 1
         self.connects += 1
-        self._sockets[sock.fileno()] = sock
-        if self._has_ports and sock.target is not None:
-            self._purge()
-            self.ports[sock.target] += 1
+        self._sockets[sock.fileno()] = weakref.ref(sock)
+        target = sock.target
+        if self._has_ports and target is not None:
+            if self._lingering and self._lingering[0][0] <= time.monotonic():
+                self._purge()
+            try:  # without a call between, amid which another thread may free one
+                self.ports[target] += 1
+            except KeyError:
+                self.ports[target] = 1
         sock.register(self._ended)
-        self.changed()
+        if self.on_change is not None:
+            self.changed()
 
     def _ended(self, sock: BoundSocket, descriptor: int, traffic: Traffic | None) -> None:
         self.connections -= 1
-        if self._sockets.get(descriptor) is sock:
+        # The number may belong to another connection by now; of one that is being collected nothing refers to it.
+        reference = self._sockets.get(descriptor)
+        if reference is not None and ((other := reference()) is sock or other is None):
             del self._sockets[descriptor]
         keeps_port = False
         if traffic is not None:
-            sent, received, keeps_port = traffic
-            self.bytes_sent += sent
-            self.bytes_received += received
-        if self._has_ports and sock.target is not None:
+            sent, received, keeps_port, _ = traffic
+            if sent or received:
+                self.bytes_sent += sent
+                self.bytes_received += received
+        target = sock.target
+        if self._has_ports and target is not None:
             if keeps_port:
-                self._lingering.append((time.monotonic() + _TIME_WAIT, sock.target))
+                self._lingering.append((time.monotonic() + _TIME_WAIT, target))
             else:
-                self._free(sock.target)
-        self.changed()
+                self._free(target)
+        if self.on_change is not None:
+            self.changed()
 
     def begins(self) -> None:
         """Count an attempt to connect, or to get a connection from the pool."""
         self.connecting += 1
-        self.changed()
+        if self.on_change is not None:
+            self.changed()
 
     def has_ended(self) -> None:
         """Count an attempt as ended, whatever came of it."""
         self.connecting -= 1
-        self.changed()
+        if self.on_change is not None:
+            self.changed()
 
     def handed_out(self) -> None:
         """Count a connection that the pool has handed out."""
         self.held += 1
-        self.changed()
+        if self.on_change is not None:
+            self.changed()
 
     def given_back(self) -> None:
         """Count a connection that the pool has back."""
         self.held -= 1
-        self.changed()
+        if self.on_change is not None:
+            self.changed()
 
     def changed(self) -> None:
         """Tell the policy that wants to know."""
@@ -212,7 +233,7 @@ class Origin:
     def ports_to(self, target: Target) -> int:
         """Return how many local ports are taken towards *target*."""
         self._purge()
-        return self.ports[target]
+        return self.ports.get(target, 0)
 
     def _purge(self) -> None:
         now = time.monotonic()
@@ -221,9 +242,10 @@ class Origin:
                 self._free(self._lingering.popleft()[1])
 
     def _free(self, target: Target) -> None:
-        self.ports[target] -= 1
-        if self.ports[target] <= 0:
-            del self.ports[target]
+        with suppress(KeyError):  # another thread has freed the last one
+            self.ports[target] -= 1
+            if self.ports[target] <= 0:
+                del self.ports[target]
 
     # ── failures ──
 

@@ -48,10 +48,11 @@ class Planner:
         # Nobody outside can tell which address a host is going to see.
         self._secret = os.urandom(32) if sticky_prefix else None
         self._watch: InterfaceWatch | None = None
+        self._closed = False
 
     def close(self) -> None:
         """Let go of the loop's interface watch."""
-        self._watch = None
+        self._watch, self._closed = None, True
 
     async def plan(
         self, source: Source | None, targets: Sequence[Target], *, host: str = ""
@@ -80,12 +81,30 @@ class Planner:
                 return [await self._from_prefix(source, target, host or target.host) for target in targets]
         assert_never(source)
 
+    def stamp(self, now: float) -> int:
+        """Return a number that stays the same as long as decisions do; 0: they have to be taken anew.
+
+        Args:
+            now: by ``time.monotonic()``.
+        """
+        try:
+            return self._watch.trusted(now) if self._watch is not None else 0
+        except OSError:  # `plan` will say so
+            return 0
+
+    def holds(self, stamp: int) -> bool:
+        """Return whether decisions are still those of *stamp*, by the news that have been read."""
+        return self._watch is not None and self._watch.stamp == stamp
+
+    def watching(self) -> InterfaceWatch:
+        """Return the watch of the running loop, which lives as long as it is held, also when this is closed."""
+        return self._watch or InterfaceWatch.of(asyncio.get_running_loop())
+
     def guard(self, sock: BoundSocket, binding: Binding, target: Target) -> Guard | None:
         """Return what aborts *sock* when its interface can no longer serve it while it connects; None: nothing can."""
         if binding.owner is not None:
             # The connector may have been closed since it planned: its attempts are watched over to their end.
-            watch = self._watch or InterfaceWatch.of(asyncio.get_running_loop())
-            return Guard(watch, sock, binding.owner, sock.local, target, borrow=self._borrow)
+            return Guard(self.watching(), sock, binding.owner, sock.local, target, borrow=self._borrow)
         # A literal address leaves by whatever interface the routing table names, and may work while its own is away
         # (the weak host model): so it is only guarded against what happens from now on.
         table = self._watch.last if self._watch is not None else None
@@ -152,11 +171,12 @@ class Planner:
 
     async def _table(self, *, anew: bool = False) -> InterfaceTable:
         try:
-            if self._watch is None:
-                self._watch = InterfaceWatch.of(asyncio.get_running_loop())
+            watch = self.watching()
+            if not self._closed:  # an attempt that is under way does not keep it
+                self._watch = watch
             if anew:
-                return await self._watch.told_anew()
-            return self._watch.look() or await self._watch.caught_up()
+                return await watch.told_anew()
+            return watch.look() or await watch.caught_up()
         except OSError as error:
             reason = f"the interfaces of this host cannot be read: {error.strerror}"
             raise BindError(error.errno or errno.EINVAL, reason) from error

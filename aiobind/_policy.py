@@ -12,10 +12,8 @@ sequence is right as well, and pays O(n) each time.
 
 from __future__ import annotations
 
-import random
 from collections import OrderedDict, deque
 from collections.abc import MutableMapping
-from hashlib import blake2b
 from heapq import heapify, heappop, heappush, nsmallest
 from itertools import chain
 from math import gcd, isfinite, lcm
@@ -25,6 +23,7 @@ from ._sources import parse_source
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from hashlib import blake2b
 
     from ._sources import Source
 
@@ -103,6 +102,8 @@ class Random:
     """
 
     def __init__(self, seed: int | str | bytes | None = None) -> None:
+        import random  # noqa: PLC0415 - 1 ms that few need
+
         self._random = random.Random(seed)
 
     def order(self, sources: Sequence[SourceView], host: str) -> Iterator[SourceView]:
@@ -504,4 +505,6 @@ class Sticky:
 
 
 def _hash_of(source: Source) -> blake2b:
+    from hashlib import blake2b  # noqa: PLC0415 - brings OpenSSL along: 2 ms that few need
+
     return blake2b(str(source).encode("utf-8", "surrogatepass") + b"\0", digest_size=8)

@@ -14,7 +14,6 @@ reserved. So whoever finds one of the other kind at the same address and target 
 from __future__ import annotations
 
 import os
-import random
 import threading
 import time
 from collections import deque
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 
     from ._binding import Target
 
-__all__ = ["ANY_PORT", "Claim", "LocalPorts", "claim", "release"]
+__all__ = ["ANY_PORT", "Claim", "LocalPorts", "claim", "claim_of", "enter", "release"]
 
 #: A search for a free port ends after so many: a few milliseconds of system calls.
 _TRIED = 1000
@@ -67,8 +66,10 @@ class LocalPorts:
         self._kept = None if self._ports else True
 
     def prepare(self, sock: socket.socket) -> None:
-        """Limit the system's choice for *sock*, where it is the system that chooses."""
-        if self._ports is not None and self.kept_by_system:
+        """Tell the system what to choose from for *sock*, where it is the system that chooses."""
+        if self._ports is None:
+            platform.prepare(sock)
+        elif self.kept_by_system:
             platform.limit(sock, self._ports)
 
     def ways(self) -> Iterator[int | None]:
@@ -81,6 +82,8 @@ class LocalPorts:
             yield None
             yield 0
             return
+        import random  # noqa: PLC0415 - 1 ms that few need
+
         first = random.randrange(len(self._ports))
         for offset in range(min(len(self._ports), _TRIED)):
             yield self._ports[(first + offset) % len(self._ports)]
@@ -112,22 +115,35 @@ _LINGER = 1000.0
 
 def claim(address: str, target: Target, *, pinned: bool) -> tuple[Claim, bool]:
     """Enter a socket at *address* for *target*; return its claim, and whether it has to reserve its port."""
-    mine: Claim = (address, target.host, target.port, pinned)
+    mine = claim_of(address, target, pinned=pinned)
+    return mine, enter(mine, claim_of(address, target, pinned=not pinned))
+
+
+def claim_of(address: str, target: Target, *, pinned: bool) -> Claim:
+    """Return the claim of a socket at *address* for *target*."""
+    return (address, target.host, target.port, pinned)
+
+
+def enter(mine: Claim, other: Claim) -> bool:
+    """Enter the claim of a socket; return whether it has to reserve its port, for there is one of the other kind."""
     with _lock:
-        while _lingering and _lingering[0][0] < time.monotonic() - _LINGER:
-            _ended.append(_lingering.popleft()[1])
+        if _lingering:
+            due = time.monotonic() - _LINGER
+            while _lingering and _lingering[0][0] < due:
+                _ended.append(_lingering.popleft()[1])
         while _ended:
             key = _ended.popleft()
-            if _claims[key] > 1:
-                _claims[key] -= 1
+            left = _claims[key] - 1
+            if left:
+                _claims[key] = left
             else:
                 del _claims[key]
         _claims[mine] = _claims.get(mine, 0) + 1
-        return mine, (*mine[:3], not pinned) in _claims
+        return other in _claims
 
 
 def release(mine: Claim, *, unsent: bool = False) -> None:
-    """End a claim that `claim` has returned; with *unsent* bytes it goes on for a while."""
+    """End a claim that was entered; with *unsent* bytes it goes on for a while."""
     if unsent:
         _lingering.append((time.monotonic(), mine))
     else:

@@ -77,30 +77,55 @@ _T = TypeVar("_T")
 
 
 class _Threads:
-    """Runs each job in a daemon thread. A thread ends when no job is left, so that none lies idle."""
+    """Runs each job in a daemon thread. A thread ends when no job is left, so that none lies idle.
+
+    To start a thread is to wait until it runs: 0.1 ms, and more where the machine is busy. So whoever has a job starts
+    none while one is about to start and another one runs: each thread starts the next one, while there are jobs, before
+    it does its own.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._jobs: deque[Callable[[], None]] = deque()
-        self._running = 0
+        self._running = self._starting = 0
 
     def run(self, job: Callable[[], None]) -> None:
         with self._lock:
-            if self._running >= MAX_THREADS:
+            # Only behind a thread that runs, for a start may fail, and then nobody would be there to take the job.
+            if (self._running and self._starting) or self._running + self._starting >= MAX_THREADS:
                 self._jobs.append(job)
                 return
-            self._running += 1
+            self._starting += 1
         try:
-            threading.Thread(target=self._work, args=(job,), name="aiobind-resolve", daemon=True).start()
+            self._start(job)
         except BaseException as error:
             with self._lock:
-                self._running -= 1
+                self._starting -= 1
                 # The system allows no further thread (RuntimeError): one of those that run does it later.
                 if not self._running or not isinstance(error, RuntimeError):
                     raise
                 self._jobs.append(job)
 
+    def _start(self, job: Callable[[], None]) -> None:
+        threading.Thread(target=self._work, args=(job,), name="aiobind-resolve", daemon=True).start()
+
+    def _start_next(self) -> None:
+        with self._lock:
+            self._starting -= 1
+            self._running += 1
+            if not self._jobs or self._starting or self._running >= MAX_THREADS:
+                return
+            job = self._jobs.popleft()
+            self._starting += 1
+        try:
+            self._start(job)
+        except BaseException:  # no further thread: one of those that run does it later
+            with self._lock:
+                self._starting -= 1
+                self._jobs.appendleft(job)
+
     def _work(self, job: Callable[[], None]) -> None:
+        self._start_next()
         while True:
             job()
             with self._lock:

@@ -19,17 +19,18 @@ import socket
 import time
 import weakref
 from contextlib import suppress
-from typing import TYPE_CHECKING, cast
+from itertools import chain
+from typing import TYPE_CHECKING
 
 from ._errors import BindError
 from ._faults import destination_of
 from ._health import LONGEST, Breaker, Timeouts
 from ._origin import Origin
-from ._policy import RoundRobin
+from ._policy import Failover, LeastConnections, Random, RoundRobin, Sticky, Weighted
 from ._sources import parse_source
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
+    from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 
     from ._events import Journal
     from ._interfaces import InterfaceTable
@@ -52,6 +53,8 @@ _PER_TURN = 20
 #: So many hosts to avoid are remembered for each source, before those whose time is over are forgotten.
 _AVOIDED = 1000
 
+#: Those that yield whatever they are given.
+_POLICIES = {RoundRobin, Random, Weighted, LeastConnections, Sticky, Failover}
 _policies: weakref.WeakValueDictionary[int, Roster] = weakref.WeakValueDictionary()
 
 
@@ -108,6 +111,7 @@ class Roster:
         if _policies.setdefault(id(self._policy), self) is not self:
             raise ValueError("this policy serves another connector: give each one its own")
         self._listed: dict[Source, Origin] = listed
+        self._sole = self._alone()
         # Sources from outside the list, pinned or removed, live as long as somebody is connected from them.
         self._guests: weakref.WeakValueDictionary[Source, Origin] = weakref.WeakValueDictionary()
         self._timeouts: Timeouts[Origin] = Timeouts()
@@ -133,6 +137,28 @@ class Roster:
 
     def __len__(self) -> int:
         return len(self._listed)
+
+    def _alone(self) -> Turn | None:
+        # A policy of the caller's own is asked all the same: it may leave even the only one out.
+        if len(self._listed) > 1 or type(self._policy) not in _POLICIES:
+            return None
+        # It is kept while it is used: should the source fail meanwhile, there is still no other one.
+        return Turn(*self._listed.values(), forced=True)
+
+    @property
+    def sole(self) -> Turn | None:
+        """The turn of the only source, where there is nothing to choose, and nothing is known against it."""
+        turn = self._sole
+        if turn is not None:
+            origin = turn.origin
+            if origin.breakers or origin.down or origin.avoid or origin.scarce:
+                return None
+        return turn
+
+    @property
+    def several(self) -> bool:
+        """Whether there is another one to choose."""
+        return len(self._listed) > 1
 
     @property
     def listed(self) -> tuple[Origin, ...]:
@@ -180,6 +206,7 @@ class Roster:
         origin.removed = origin.cut = False
         self._listed[source] = origin
         self._guests.pop(source, None)
+        self._sole = self._alone()
         self._change()
         return origin
 
@@ -196,6 +223,7 @@ class Roster:
         self._guests[origin.source] = origin
         origin.removed = True
         self._timeouts.forget(origin)
+        self._sole = self._alone()
         self._change()
         return origin
 
@@ -205,21 +233,32 @@ class Roster:
         """Yield *source*, whatever it has failed at."""
         yield Turn(self.guest(source), forced=True)
 
-    def order(self, host: str, towards: tuple[str, int]) -> Generator[Turn]:
+    def begin(self, host: str) -> tuple[tuple[Origin, ...], Iterator[Origin]]:
+        """Return those that are ready, and the same in the order of the policy: what `order` goes by."""
+        if time.monotonic() >= self._right_until:
+            self._renew()
+        return self._ready, iter(self._ordered(self._ready, host))
+
+    def order(
+        self,
+        host: str,
+        towards: tuple[str, int],
+        begun: tuple[tuple[Origin, ...], Iterator[Origin]] | None = None,
+        turns: Sequence[Turn] = (),
+    ) -> Generator[Turn]:
         """Yield the sources to try for a connection.
 
         Args:
             host: what the policy decides by.
             towards: host and port that will be connected to.
+            begun: what `begin` has returned.
+            turns: those that have been tried already.
         """
-        now = time.monotonic()
-        if now >= self._right_until:
-            self._renew()
-        turns: list[Turn] = []
+        ready, ordered = self.begin(host) if begun is None else begun
+        now, turns = time.monotonic(), [*turns]
         scarce: list[Origin] = []
         avoiding: list[tuple[float, Origin]] = []
-        ready = self._ready
-        for origin in self._ordered(ready, host):
+        for origin in ordered:
             if origin.removed:  # meanwhile
                 continue
             if origin.avoid and (until := origin.avoids(host, destination_of(*towards), now)):
@@ -261,7 +300,7 @@ class Roster:
 
     def _ordered(self, origins: tuple[Origin, ...], host: str) -> Iterable[Origin]:
         # A policy yields from what it was given.
-        return cast("Iterable[Origin]", self._policy.order(origins, host)) if origins else ()
+        return self._policy.order(origins, host) if origins else ()  # type: ignore[return-value]
 
     def _change(self) -> None:
         """Have the next one who asks tell them apart anew."""
@@ -309,7 +348,8 @@ class Roster:
     def works(self, origin: Origin, family: int, target: Hashable) -> None:
         """Note that *origin* has reached *target*."""
         new = family not in origin.works
-        origin.works.add(family)
+        if new:
+            origin.works.add(family)
         if origin.breakers:
             breaker = origin.breakers.pop(family, None)
             # What the other family has not failed at stood for the link alone, which works.
@@ -321,7 +361,8 @@ class Roster:
                 self._change()
             elif new:  # the other one holds it up no more
                 self._change()
-        self.reaches(origin, family, target)
+        if len(self._listed) > 1:
+            self.reaches(origin, family, target)
 
     def reaches(self, origin: Origin, family: int, target: Hashable) -> None:
         """Blame those who have waited in vain for *target*, which *origin* has just reached.
@@ -420,19 +461,46 @@ class Roster:
 class Route:
     """The sources for one connection, one after the other, each with its place under the limits."""
 
-    __slots__ = ("_count", "_full", "_host", "_late", "_limits", "_order", "_turns", "_worse")
+    __slots__ = ("_count", "_full", "_host", "_late", "_limits", "_pin", "_roster", "_towards", "_turns", "_worse")
 
-    def __init__(self, order: Callable[[], Generator[Turn]], limits: Limits[Origin], host: str) -> None:
-        self._order = order
-        self._turns = order()
+    def __init__(
+        self, roster: Roster, limits: Limits[Origin], host: str, towards: tuple[str, int], pin: Source | None
+    ) -> None:
+        self._roster = roster
         self._limits = limits
         self._host = host
-        #: those that may not begin a connection now, by their rate; and those that have no room
-        self._late: list[Turn] = []
-        self._full: list[Turn] = []
-        #: one that is suspended or banned, while those wait
-        self._worse: Turn | None = None
+        self._towards = towards
+        self._pin = pin
+        self._turns: Generator[Turn] | None = None
         self._count = 0
+
+    def _order(self) -> Generator[Turn]:
+        if self._pin is not None:
+            return self._roster.only(self._pin)
+        return self._roster.order(self._host, self._towards)
+
+    def first(self) -> Turn | None:
+        """Return the first source, where nobody can have to wait for it and nothing is known against it.
+
+        None: ask for the `next` one.
+        """
+        limits = self._limits
+        if self._count or self._pin is not None or limits.limited or limits.paced:
+            return None
+        self._count = 1
+        roster = self._roster
+        begun = ready, ordered = roster.begin(self._host)
+        for origin in ordered:
+            if origin.removed or origin.breakers or origin.avoid or origin.scarce:
+                begun = ready, chain((origin,), ordered)
+                break
+            turn = Turn(origin)
+            # An order begins to run when it is asked for the next one: seldom.
+            self._turns = roster.order(self._host, self._towards, begun, (turn,))
+            origin.begins()
+            return turn
+        self._turns = roster.order(self._host, self._towards, begun)
+        return None
 
     async def next(self) -> Turn | None:
         """Return the next source, or None. One with room goes before one without; where none has, wait for the first.
@@ -445,9 +513,19 @@ class Route:
             RuntimeError: the connector was closed meanwhile.
         """
         limits, host = self._limits, self._host
+        if self._count < 2:
+            #: those that may not begin a connection now, by their rate; and those that have no room
+            self._late: list[Turn] = []
+            self._full: list[Turn] = []
+            #: one that is suspended or banned, while those wait
+            self._worse: Turn | None = None
+            self._count = 2
+            if self._turns is None:
+                self._turns = self._order()
         self._count += 1
         if not self._count % _PER_TURN:
             await asyncio.sleep(0)  # a thousand that fail at once shall not hold the loop
+        assert self._turns is not None
         while (turn := self._worse or next(self._turns, None)) is not None:
             self._worse = None
             if turn.until and (self._late or self._full):
@@ -508,7 +586,8 @@ class Route:
 
     def close(self) -> None:
         """Ask for no more: a probe that is not under way leaves its chance to another connection."""
-        self._turns.close()
+        if self._turns is not None:
+            self._turns.close()
 
 
 def _by_failure(origin: Origin) -> float:

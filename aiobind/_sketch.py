@@ -42,8 +42,10 @@ class LatencySketch:
 
     def add(self, seconds: float) -> None:
         """Count a latency."""
-        if seconds > _SHORTEST:
-            self._counts[int(log(min(seconds, _LONGEST) / _SHORTEST) * _PER_E)] += 1
+        if _SHORTEST < seconds < _LONGEST:
+            self._counts[int(log(seconds / _SHORTEST) * _PER_E)] += 1
+        elif seconds >= _LONGEST:
+            self._counts[int(log(_LONGEST / _SHORTEST) * _PER_E)] += 1
         elif seconds <= _SHORTEST:
             self._counts[0] += 1
         else:  # not a number, so not a latency

@@ -10,20 +10,22 @@ import errno
 import logging
 import os
 import socket
-import weakref
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from ipaddress import IPv4Address, IPv6Address, ip_address
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from ._advice import advice
 from ._binding import zoneless
 from ._errors import BindError, shown
 from ._platform import platform
-from ._ports import ANY_PORT, claim, release
+from ._platform.base import sockaddr
+from ._ports import ANY_PORT, claim, claim_of, enter, release
+from ._wait import is_uvloop
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Iterator, Sequence
+    import weakref
+    from collections.abc import Callable, Sequence
 
     from ._binding import Binding, IPAddress, Target
     from ._ports import Claim, LocalPorts
@@ -33,13 +35,12 @@ __all__ = [
     "ANY_KIND",
     "BoundSocket",
     "BoundSource",
+    "Opening",
     "SocketOption",
     "bound_source",
-    "connect",
     "finders",
     "handed_over",
     "is_own",
-    "open_bound",
 ]
 
 SocketOption: TypeAlias = "tuple[int, int, int | bytes]"
@@ -104,8 +105,9 @@ def _descriptor(connection: object) -> int:
     return descriptor
 
 
-#: Bytes sent and received, and whether to close it now leaves its port in TIME_WAIT: `Platform.traffic`.
-Traffic: TypeAlias = "tuple[int, int, bool]"
+#: Bytes sent and received; whether to close it now leaves its port in TIME_WAIT; whether bytes are left to send then:
+#: `Platform.traffic`.
+Traffic: TypeAlias = "tuple[int, int, bool, bool]"
 
 #: Is told of the end of a socket: which, its descriptor before, and what it has carried.
 OnEnd: TypeAlias = "Callable[[BoundSocket, int, Traffic | None], object]"
@@ -114,30 +116,57 @@ OnEnd: TypeAlias = "Callable[[BoundSocket, int, Traffic | None], object]"
 class BoundSocket(socket.socket):
     """A socket that knows where it leaves from, and reports its end once."""
 
-    #: the source address that it is bound to, and the interface that it is pinned to; None: none
-    local: IPAddress | None = None
-    interface: str | None = None
-    #: what it has connected from, by getsockname(2)
-    name: tuple[str, int] = ("", 0)
-    bound: BoundSource | None = None
-    target: Target | None = None
-    #: the interface that it is pinned to, by its index; 0: none. And whether that, and the address, were there last.
-    ifindex: int = 0
-    stood: bool = False
-    #: either has gone, so that it is not to be used again for now; and it was cut
-    lost: bool = False
-    cut: bool = False
-    #: TLS, or a proxy's tunnel, is being made: nobody uses it yet
-    unfinished: bool = False
-    #: what the client library makes of it
-    user: weakref.ref[object] | None = None
-    _claim: Claim | None = None
-    _carried: Traffic | None = None
-    _on_end: tuple[OnEnd, ...] = ()
+    __slots__ = (
+        "_carried",
+        "_on_end",
+        "bound",
+        "claimed",
+        "cut",
+        "family",
+        "ifindex",
+        "interface",
+        "local",
+        "lost",
+        "name",
+        "promised",
+        "stood",
+        "target",
+        "type",
+        "unfinished",
+        "user",
+    )
+
+    def __init__(self, family: int = -1, type: int = -1, proto: int = -1, fileno: int | None = None) -> None:  # noqa: A002
+        super().__init__(family, type, proto, fileno)
+        # The properties of socket.socket make these members of an enum each time, which a loop asks for ten times for
+        # each connection: a tenth of what ``loop.sock_connect`` costs.
+        self.family: socket.AddressFamily = _FAMILIES.get(family) or super().family  # pyright: ignore[reportIncompatibleMethodOverride]
+        self.type: socket.SocketKind = _KINDS.get(type) or super().type  # pyright: ignore[reportIncompatibleMethodOverride]
+        #: the source address that it is bound to, and the same as text, without its zone; None: none
+        self.local: IPAddress | None = None
+        self.promised: str | None = None
+        #: the interface that it is pinned to, and its index; None and 0: none
+        self.interface: str | None = None
+        self.ifindex = 0
+        #: what it has connected from, by getsockname(2)
+        self.name: tuple[str, int] = _NAMELESS
+        self.bound: BoundSource | None = None
+        self.target: Target | None = None
+        #: whether the interface and the address were there last
+        self.stood = False
+        #: either has gone, so that it is not to be used again for now; and it was cut
+        self.lost = self.cut = False
+        #: TLS, or a proxy's tunnel, is being made: nobody uses it yet
+        self.unfinished = False
+        #: what the client library makes of it
+        self.user: weakref.ref[Any] | None = None
+        self.claimed: Claim | None = None
+        self._carried: Traffic | None = None
+        self._on_end: OnEnd | None = None
 
     def register(self, on_end: OnEnd) -> None:
         """Count this connection as open, until *on_end* is told that it has ended, and what it has carried."""
-        self._on_end += (on_end,)
+        self._on_end = on_end if self._on_end is None else _both(self._on_end, on_end)
         if self.bound is not None:
             _open[self.fileno()] = self.bound
 
@@ -146,7 +175,8 @@ class BoundSocket(socket.socket):
 
         uvloop closes the descriptor before it detaches the socket: then it is what was known when this was asked last.
         """
-        self._carried = (platform.traffic(self) if self.fileno() >= 0 else None) or self._carried
+        if self.fileno() >= 0:
+            self._carried = platform.traffic(self) or self._carried
         return self._carried
 
     def abort(self) -> None:
@@ -158,63 +188,91 @@ class BoundSocket(socket.socket):
     def claim(self, local: IPAddress, target: Target) -> bool:
         """Enter the source address and the target of this socket; return whether it must reserve its port."""
         pinned = self.interface is not None or _zone(local) is not None
-        self._claim, reserve = claim(zoneless(local), target, pinned=pinned)
+        self.claimed, reserve = claim(zoneless(local), target, pinned=pinned)
         return reserve
 
     def close(self) -> None:
         """Close the socket."""
-        descriptor, last = self.fileno(), self._last()
+        descriptor = self.fileno()
+        last = self._last() if descriptor >= 0 else None
         try:
             super().close()
         finally:
             if self.fileno() < 0:  # not while a makefile() object keeps it open
-                self._end(descriptor, *last)
+                self._end(descriptor, last)
 
     def detach(self) -> int:
         """Give the descriptor away; the connection counts as ended, for nobody can tell any more when it does."""
-        unsent, traffic = self._last()
+        last = self._last() if self.fileno() >= 0 else self._carried
         descriptor = super().detach()
         # Where uvloop has closed it already and nobody has asked before: this end has most likely closed first.
-        self._end(descriptor, unsent, traffic or (0, 0, True))
+        self._end(descriptor, last or (0, 0, True, False))
         return descriptor
 
     def __del__(self) -> None:
-        self._end(self.fileno(), *self._last())
+        if not hasattr(self, "_on_end"):  # the system gave none
+            return
+        if self.claimed is not None or self._on_end is not None:
+            self._end(self.fileno(), self._last() if self.fileno() >= 0 else self._carried)
         super().__del__()  # type: ignore[misc]  # closes it, with the ResourceWarning of an unclosed socket
 
-    def _last(self) -> tuple[bool, Traffic | None]:
-        """Return what can be told only while it is open: whether bytes are left to send, and what it has carried."""
-        # Only what is pinned is in danger: see `_ports`.
-        unsent = self._claim is not None and self._claim[3] and platform.unsent(self)
-        return unsent, self.traffic() if self._on_end else None
+    def _last(self) -> Traffic | None:
+        """Return what can be told only while it is open."""
+        # Of what is pinned, whether it has bytes left to send: see `_ports`.
+        if self._on_end is not None or (self.claimed is not None and self.claimed[3]):
+            return platform.traffic(self) or self._carried
+        return None
 
-    def _end(self, descriptor: int, unsent: bool = False, traffic: Traffic | None = None) -> None:
-        ended, self._claim = self._claim, None
+    def _end(self, descriptor: int, last: Traffic | None) -> None:
+        ended = self.claimed
         if ended is not None:
-            release(ended, unsent=unsent)
-        on_end, self._on_end = self._on_end, ()
-        if on_end:
+            self.claimed = None
+            release(ended, unsent=last is not None and last[3] and ended[3])
+        on_end = self._on_end
+        if on_end is not None:
+            self._on_end = None
             # The number may belong to another connection by now, opened by another thread.
             if _open.get(descriptor) is self.bound:
                 del _open[descriptor]
-            for tell in on_end:
-                tell(self, descriptor, traffic)
+            on_end(self, descriptor, last)
 
 
-@contextmanager
-def handed_over(sock: BoundSocket) -> Iterator[None]:
-    """Give *sock* to a transport in this context.
+def _both(first: OnEnd, second: OnEnd) -> OnEnd:
+    def tell(sock: BoundSocket, descriptor: int, last: Traffic | None) -> None:
+        first(sock, descriptor, last)
+        second(sock, descriptor, last)
+
+    return tell
+
+
+_NAMELESS = ("", 0)
+_FAMILIES: dict[int, socket.AddressFamily] = {each: each for each in (socket.AF_INET, socket.AF_INET6)}
+_KINDS: dict[int, socket.SocketKind] = {
+    each | flags: each for each in (socket.SOCK_STREAM, socket.SOCK_DGRAM) for flags in (0, platform.socket_flags)
+}
+
+
+class handed_over:  # noqa: N801 - a function to its callers
+    """Give *sock* to a transport of *loop* in this context.
 
     When the peer resets it before TLS has begun, uvloop (0.23) closes the descriptor before it has noted whose it is.
     *sock* would close that number once more, when it may be another connection's: so it is made to forget it.
     """
-    inode = os.fstat(sock.fileno()).st_ino
-    try:
-        yield
-    except BaseException:
-        if sock.fileno() >= 0 and not _has_inode(sock.fileno(), inode):
-            sock.detach()
-        raise
+
+    __slots__ = ("_inode", "_sock")
+
+    def __init__(self, sock: BoundSocket, loop: asyncio.AbstractEventLoop) -> None:
+        self._sock = sock
+        self._inode = os.fstat(sock.fileno()).st_ino if is_uvloop(loop) else 0
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        if kind is not None and self._inode:
+            descriptor = self._sock.fileno()
+            if descriptor >= 0 and not _has_inode(descriptor, self._inode):
+                self._sock.detach()
 
 
 def _has_inode(descriptor: int, inode: int) -> bool:
@@ -224,20 +282,22 @@ def _has_inode(descriptor: int, inode: int) -> bool:
         return False
 
 
-def open_bound(
-    binding: Binding,
-    target: Target,
-    *,
-    kind: int = socket.SOCK_STREAM,
-    proto: int = 0,
-    options: Sequence[SocketOption] = (),
-    strict: bool = True,
-    ports: LocalPorts = ANY_PORT,
-    port: int | None = None,
-) -> BoundSocket:
-    """Return a non-blocking socket for *target* with the caller's options and the binding applied.
+class _Recipe(NamedTuple):
+    """What is done to a socket when nothing about it depends on the moment, and what it is then."""
 
-    Its source address is always bound, so that no route can name another one: the address that the kernel itself would
+    options: tuple[tuple[int, int, int], ...]
+    address: tuple[Any, ...]
+    local: IPAddress
+    interface: str | None
+    ifindex: int
+    mine: Claim
+    other: Claim
+
+
+class Opening:
+    """How the sockets for one target from one source are made: worked out once, done for each of them.
+
+    The source address is always bound, so that no route can name another one: the address that the kernel itself would
     choose where the binding allows that, else the best one that it allows.
 
     Args:
@@ -249,55 +309,160 @@ def open_bound(
         strict: a pin that is not permitted is an error; if not, the source address alone will do, and ``interface`` is
             None.
         ports: the local ports to choose from.
-        port: one of ``ports.ways()``.
-
-    Raises:
-        BindError: the pin or the source address was refused.
-        OSError: no socket could be made (EMFILE), or an option of the caller was refused.
+        borrow: the address need not be the interface's.
     """
-    sock = BoundSocket(target.family, kind | platform.socket_flags, proto)
-    local: IPAddress | None = None
-    try:
-        if sock.gettimeout() != 0:
-            sock.setblocking(False)
-        platform.prepare(sock)
-        ports.prepare(sock)
-        # The caller's come first: should one of them name a device, ours holds, or is refused.
-        for level, name, value in options:
-            try:
+
+    __slots__ = (
+        "_kind",
+        "_only",
+        "_options",
+        "_proto",
+        "_recipe",
+        "_strict",
+        "binding",
+        "ports",
+        "sockaddr",
+        "stood",
+        "target",
+        "watched",
+    )
+
+    def __init__(
+        self,
+        binding: Binding,
+        target: Target,
+        *,
+        kind: int = socket.SOCK_STREAM,
+        proto: int = 0,
+        options: Sequence[SocketOption] = (),
+        strict: bool = True,
+        ports: LocalPorts = ANY_PORT,
+        borrow: bool = False,
+    ) -> None:
+        self.binding = binding
+        self.target = target
+        self.sockaddr = target.sockaddr
+        self.ports = ports
+        #: what the interfaces are watched for while one connects
+        self.watched = (binding.owner, target, borrow)
+        #: whether what its sockets are bound to is there; None: none has connected yet
+        self.stood: bool | None = None
+        self._kind = int(kind) | platform.socket_flags
+        self._proto = proto
+        self._options = options
+        self._strict = strict
+        # Where it does not depend on the moment.
+        only = binding.local[0] if len(binding.local) == 1 else None
+        self._only = None if only is None or _needs_zone(only) or _zone(only) else only
+        #: not written down yet; None: there is none
+        self._recipe: _Recipe | Literal[False] | None = False
+        if options or ports is not ANY_PORT or binding.freebind:
+            self._recipe = None
+
+    def _write_down(self) -> _Recipe | None:
+        device, owner, ip = self.binding.device, self.binding.owner, self._only
+        ifindex = 0 if owner is None else owner.index
+        options = platform.recipe(ifindex)
+        if ip is None or options is None or (device is not None and owner is None):
+            return None
+        claims = (claim_of(zoneless(ip), self.target, pinned=pinned) for pinned in (device is not None, device is None))
+        return _Recipe(options, sockaddr(ip), ip, device, ifindex, *claims)
+
+    def repeat(self) -> BoundSocket:
+        """Do what `open` does and has done before; where that is the same each time, without working it out again.
+
+        Raises:
+            OSError: as `open` does.
+        """
+        recipe = self._recipe
+        if recipe is False:
+            recipe = self._recipe = self._write_down()
+        if recipe is None:
+            return self.open()
+        options, address, local, interface, ifindex, mine, other = recipe
+        sock = BoundSocket(self.target.family, self._kind, self._proto)
+        try:
+            for level, name, value in options:
                 sock.setsockopt(level, name, value)
-            except OSError as error:
-                raise OSError(
-                    error.errno, f"socket option ({level}, {name}) refused: {error.strerror}"
-                ) from error.with_traceback(None)
-        if binding.device is not None:
-            _pin(sock, binding.device, strict=strict)
-        local = _source_address(sock, binding, target, options)
-        if local is not None:
-            _bind(sock, local, target, port, freebind=binding.freebind)
-        elif port is not None:
-            platform.bind(sock, _ANY[target.family], port)
-    except BindError as error:
-        sock.close()
-        if error.errno != errno.EADDRNOTAVAIL or len(binding.local) < 2 or local is None:
+            sock.claimed = mine
+            if not enter(mine, other):
+                sock.bind(address)
+                sock.local, sock.promised = local, mine[0]
+                sock.interface, sock.ifindex = interface, ifindex
+                return sock
+        except OSError:  # `open` says why
+            pass
+        except BaseException:
+            sock.close()
             raise
-    except BaseException:
         sock.close()
-        raise
-    else:
-        return sock
-    # A name may stand for addresses of several hosts: the next one may be ours. By another socket, for to try a
-    # link-local address has pinned this one.
-    rest = binding._replace(local=tuple(ip for ip in binding.local if ip.packed != local.packed))  # without zones
-    return open_bound(rest, target, kind=kind, proto=proto, options=options, strict=strict, ports=ports, port=port)
+        return self.open()
+
+    def open(self, port: int | None = None) -> BoundSocket:
+        """Return a non-blocking socket with the caller's options and the binding applied.
+
+        Args:
+            port: one of ``ports.ways()``.
+
+        Raises:
+            BindError: the pin or the source address was refused.
+            OSError: no socket could be made (EMFILE), or an option of the caller was refused.
+        """
+        binding, target = self.binding, self.target
+        sock = BoundSocket(target.family, self._kind, self._proto)
+        local: IPAddress | None = None
+        try:
+            if not platform.socket_flags:
+                sock.setblocking(False)
+            self.ports.prepare(sock)
+            # The caller's come first: should one of them name a device, ours holds, or is refused.
+            for level, name, value in self._options:
+                try:
+                    sock.setsockopt(level, name, value)
+                except OSError as error:
+                    raise OSError(
+                        error.errno, f"socket option ({level}, {name}) refused: {error.strerror}"
+                    ) from error.with_traceback(None)
+            if binding.device is not None:
+                _pin(sock, binding, strict=self._strict)
+            local = self._only or _source_address(sock, binding, target, self._options)
+            if local is not None:
+                _bind(sock, local, target, port, freebind=binding.freebind)
+            elif port is not None:
+                platform.bind(sock, _ANY[target.family], port)
+            if binding.owner is not None:
+                sock.ifindex = binding.owner.index
+        except BindError as error:
+            sock.close()
+            if error.errno != errno.EADDRNOTAVAIL or len(binding.local) < 2 or local is None:
+                raise
+        except BaseException:
+            sock.close()
+            raise
+        else:
+            return sock
+        # A name may stand for addresses of several hosts: the next one may be ours. By another socket, for to try a
+        # link-local address has pinned this one.
+        rest = binding._replace(local=tuple(ip for ip in binding.local if ip.packed != local.packed))  # without zones
+        return Opening(
+            rest,
+            target,
+            kind=self._kind,
+            proto=self._proto,
+            options=self._options,
+            strict=self._strict,
+            ports=self.ports,
+        ).open(port)
 
 
 _ANY: dict[int, IPAddress] = {socket.AF_INET: IPv4Address(0), socket.AF_INET6: IPv6Address(0)}
 
 
-def _pin(sock: BoundSocket, device: str, *, strict: bool) -> None:
+def _pin(sock: BoundSocket, binding: Binding, *, strict: bool) -> None:
+    device, owner = binding.device, binding.owner
+    assert device is not None
     try:
-        platform.pin(sock, device)
+        platform.pin(sock, device, owner.index if owner is not None else 0)
     except OSError as error:
         refused = _refused("pin", error, device)
         if error.errno == errno.EPERM and (device, strict) not in _unpinned:
@@ -375,7 +540,7 @@ def _bind(sock: BoundSocket, ip: IPAddress, target: Target, port: int | None, *,
     except OSError as error:
         circumstance = _circumstance(sock, ip, error.errno or errno.EINVAL)
         raise _refused("bind", error, ip, circumstance, family=f"IPv{ip.version}") from error.with_traceback(None)
-    sock.local = ip
+    sock.local, sock.promised = ip, zoneless(ip)
     # To bind a link-local address is to pin the socket (ipv6(7), sin6_scope_id).
     sock.interface = sock.interface or _zone(ip)
 
@@ -396,45 +561,3 @@ def _refused(step: str, error: OSError, subject: object, circumstance: str = "",
     number = error.errno or errno.EINVAL
     text = advice(step, number, circumstance, subject=subject, place=platform.place, **about)
     return BindError(number, text or f"{subject}: {error.strerror or os.strerror(number)}")
-
-
-async def connect(loop: asyncio.AbstractEventLoop, sock: socket.socket, target: Target) -> None:
-    """Connect *sock*: the SYN leaves before this first waits.
-
-    Raises:
-        OSError: the system's answer.
-    """
-    if not _is_uvloop(loop):
-        await loop.sock_connect(sock, target.sockaddr)  # asyncio takes a literal as it is
-        return
-    # uvloop's sock_connect hands even a literal to libuv's threads, which may be busy with slow names: the SYN would
-    # leave seconds after the last look at the interfaces. And it drops the scope of a 4-tuple.
-    with suppress(BlockingIOError):
-        sock.connect(target.sockaddr)
-        return
-    ended: asyncio.Future[None] = loop.create_future()
-
-    def end() -> None:
-        if not ended.done():
-            ended.set_result(None)
-
-    loop.add_writer(sock.fileno(), end)
-    try:
-        await ended
-    finally:
-        loop.remove_writer(sock.fileno())
-    number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-    if number:
-        raise OSError(number, os.strerror(number))
-
-
-def _is_uvloop(loop: asyncio.AbstractEventLoop) -> bool:
-    kind = type(loop)
-    known = _uvloops.get(kind)
-    if known is None:
-        known = _uvloops[kind] = any(base.__module__.partition(".")[0] == "uvloop" for base in kind.__mro__)
-    return known
-
-
-#: Whether a kind of loop is uvloop's: each connect asks.
-_uvloops: weakref.WeakKeyDictionary[type[asyncio.AbstractEventLoop], bool] = weakref.WeakKeyDictionary()

@@ -16,7 +16,6 @@ Reading and advising are apart: a reader says what is wrong, and ``_hint`` offer
 
 from __future__ import annotations
 
-import random
 import re
 import socket
 from contextlib import suppress
@@ -31,7 +30,7 @@ from ._errors import InvalidSource, quoted
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-__all__ = ["Address", "Host", "Interface", "Prefix", "Source", "parse_source"]
+__all__ = ["Address", "Host", "Interface", "Prefix", "Source", "is_fixed", "parse_source"]
 
 _Kind = TypeVar("_Kind", bound="_Value")
 
@@ -177,6 +176,8 @@ class Prefix(_Value):
         size = network.num_addresses
         usable = range(size) if size <= 2 else range(1, size - 1 if network.version == 4 else size)
         if seed is None:
+            import random  # noqa: PLC0415 - 1 ms that few need
+
             return network[random.randrange(usable.start, usable.stop)]
         from hashlib import blake2b  # noqa: PLC0415 - brings OpenSSL along: 2 ms that few need
 
@@ -186,6 +187,11 @@ class Prefix(_Value):
 
 
 Source: TypeAlias = Interface | Address | Host | Prefix
+
+
+def is_fixed(source: Source) -> bool:
+    """Return whether *source* stands for the same addresses as long as the interfaces stay what they are."""
+    return isinstance(source, Address) or (isinstance(source, Interface) and not isinstance(source.local, Host))
 
 
 def parse_source(source: str | Source) -> Source:
@@ -221,14 +227,15 @@ _NAME_BYTES: Final = 15  # IFNAMSIZ less the final NUL
 #: dev_valid_name (linux/net/core/dev.c): no "/", no ":" and no isspace(), which is true of the byte 0xA0 too
 #: (linux/lib/ctype.c). Measured on 6.18: "à" (C3 A0) is refused, "é" (C3 A9) is not.
 _NOT_IN_NAME: Final = frozenset(b"/:\0\t\n\v\f\r \xa0")
-_ALIAS: Final = re.compile(r"[^:]+:[^:]+")
+# Texts, which the module re keeps compiled once they are used: to compile them here would cost each import 1 ms.
+_ALIAS: Final = r"[^:]+:[^:]+"
 
-_LABEL: Final = re.compile(r"[a-z0-9_-]*", re.IGNORECASE)
+_LABEL: Final = r"(?i:[a-z0-9_-]*)"
 #: getaddrinfo takes 127.1, 0x7f.1 and 2130706433 for addresses.
-_NUMBER: Final = re.compile(r"0x[0-9a-f]+|[0-9]+", re.IGNORECASE)
-_NUMBERS: Final = re.compile(rf"(?:{_NUMBER.pattern})(?:\.(?:{_NUMBER.pattern}))*", _NUMBER.flags)
-_ADDRESSLIKE: Final = re.compile(r"[][0-9a-fx.:]*[.:][][0-9a-fx.:]*|0x[0-9a-f]+|[0-9]+", _NUMBER.flags)
-_LENGTH: Final = re.compile(r"[0-9]{1,3}")
+_NUMBER: Final = r"(?i:0x[0-9a-f]+|[0-9]+)"
+_NUMBERS: Final = rf"{_NUMBER}(?:\.{_NUMBER})*"
+_ADDRESSLIKE: Final = r"(?i:[][0-9a-fx.:]*[.:][][0-9a-fx.:]*|0x[0-9a-f]+|[0-9]+)"
+_LENGTH: Final = r"[0-9]{1,3}"
 _ADDRESS_LONGEST: Final = 64  # 45 characters of IPv6, "%" and a zone; longer texts are not worth a look
 
 _LINK_LOCAL: Final = IPv6Network("fe80::/10")
@@ -283,7 +290,7 @@ def _name(name: str, part: str = "interface name") -> str:
         raise _Fault(f"the {part} is longer than {_NAME_BYTES} bytes")
     if name in {".", ".."}:
         raise _Fault(f"the {part} cannot be {name!r}")
-    if part != "zone" and _ALIAS.fullmatch(name):
+    if part != "zone" and re.fullmatch(_ALIAS, name):
         label = f"{quoted(name)} is an address label (alias), not an interface"
         raise _Fault(f"{label}: give the interface, or the address itself")
     for byte in raw:
@@ -324,7 +331,7 @@ def _address(text: str) -> Address:
     if ip is None:
         raise _Fault(
             "not an IP address: four decimal numbers (no zero in front), or IPv6; without brackets and port"
-            if len(text) <= _ADDRESS_LONGEST and _ADDRESSLIKE.fullmatch(text)
+            if len(text) <= _ADDRESS_LONGEST and re.fullmatch(_ADDRESSLIKE, text)
             else "neither an IP address nor a text that starts with if!, host!, ifhost! or net!"
         )
     for network, reason in _NO_SOURCE:
@@ -355,14 +362,14 @@ def _host(name: str) -> Host:
     for number, label in enumerate(labels := bare.split("."), 1):
         if not label:
             raise _Fault(f"label {number} of the host name is empty")
-        if not _LABEL.fullmatch(label):
-            odd = next(character for character in label if not _LABEL.fullmatch(character))
+        if not re.fullmatch(_LABEL, label):
+            odd = next(character for character in label if not re.fullmatch(_LABEL, character))
             raise _Fault(f"label {number} of the host name holds {odd!r}, no letter, digit, '-' or '_'")
         if len(label) > 63:
             raise _Fault(f"label {number} of the host name is longer than 63 characters")
         if label[0] == "-" or label[-1] == "-":
             raise _Fault(f"label {number} of the host name starts or ends with '-'")
-    if _NUMBER.fullmatch(labels[-1]):
+    if re.fullmatch(_NUMBER, labels[-1]):
         raise _Fault("the last label of the host name is a number: a resolver would read an address")
     return _value(Host, f"host!{name}", name=name)
 
@@ -374,7 +381,7 @@ def _prefix(text: str) -> Prefix:
         raise _Fault("not a network: an IP address without a zone, '/' and a length, as in 'net!192.0.2.0/24'")
     if not slash:
         raise _Fault("the length is missing, as in 'net!192.0.2.0/24'")
-    if not _LENGTH.fullmatch(length) or int(length) > ip.max_prefixlen:
+    if not re.fullmatch(_LENGTH, length) or int(length) > ip.max_prefixlen:
         raise _Fault(f"the length after '/' is no decimal number from 0 to {ip.max_prefixlen}")
     network = ip_network((ip, int(length)), strict=False)
     if network.network_address != ip:
@@ -421,7 +428,7 @@ def _hint(text: str) -> str:
     ]
     meant = _readable([tidy]) or _readable([*respelled, *_reprefixed(parts)])
     if not meant and not rest:
-        words = [word for word in (tidy, *respelled) if not _NUMBERS.fullmatch(word)]
+        words = [word for word in (tidy, *respelled) if not re.fullmatch(_NUMBERS, word)]
         meant += _readable(f"if!{word}" for word in words)
         meant += _readable(f"host!{word}" for word in (*words, _idna(tidy)))
     return f"did you mean {' or '.join(map(quoted, meant))}?" if meant else ""
@@ -473,7 +480,7 @@ def _respelled(part: str) -> Iterator[str]:
         yield labelled[1]
     if re.fullmatch(r"[0-9]+(?:\.[0-9]+){3}", part):
         yield ".".join(str(int(number)) for number in part.split("."))
-    if _NUMBERS.fullmatch(part):
+    if re.fullmatch(_NUMBERS, part):
         with suppress(OSError):
             packed = socket.inet_aton(part)  # as getaddrinfo reads it: pure, and 010 is 8
             if packed[0]:  # a small number is no address to anyone

@@ -8,7 +8,7 @@
 
 What aiohttp keeps by key is keyed by source as well, so that no request rides on another source's connection. Only
 ``limit_per_host`` counts by host alone (`_PerHost`), and ``limit`` needs no key. These methods and ``_conns``,
-``_acquired_per_host``, ``_loop``, ``_ssl_shutdown_timeout``, ``_wrap_existing_connection``,
+``_acquired_per_host``, ``_factory``, ``_loop``, ``_ssl_shutdown_timeout``, ``cert_errors``, ``ssl_errors``,
 ``ClientResponse._protocol`` and ``ResponseHandler._payload`` are aiohttp's private names; nothing else of aiobind
 touches one, and a test holds them against the oldest and the newest supported aiohttp.
 """
@@ -27,16 +27,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import aiohttp
 from aiohttp.abc import AbstractResolver
+from aiohttp.client_exceptions import cert_errors, ssl_errors
 from aiohttp.client_proto import ResponseHandler
 from yarl import URL
 
 from ._binding import Target
 from ._connector import Sourced, make_dialer, seconds
+from ._dial import lies_at
 from ._errors import AiobindError, BindError, ResolveError, explained, is_sources_fault, merged
 from ._faults import destination_of, place_of
 from ._race import interleave
 from ._resolve import literal, resolve
 from ._sockets import BoundSource, finders, handed_over
+from ._wait import is_uvloop
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
@@ -115,15 +118,33 @@ class _LinkLost(aiohttp.ClientOSError, aiohttp.ClientPayloadError):
 
 _LinkLost.__name__ = _LinkLost.__qualname__ = "ClientOSError"
 
-#: The socket of a protocol; also when its response was read and the connection went back to the pool.
-_sockets: weakref.WeakKeyDictionary[ResponseHandler, BoundSocket] = weakref.WeakKeyDictionary()
+
+class _Handler(ResponseHandler):
+    """aiohttp's protocol, which knows its socket; also when the connection went back to the pool."""
+
+    __slots__ = ("sock",)
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(loop)
+        self.sock: BoundSocket | None = None
+
+
+class _UvloopHandler(_Handler):
+    """uvloop closes the descriptor before it tells the socket, which could not say then what it has carried."""
+
+    __slots__ = ()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        if self.sock is not None:
+            self.sock.traffic()
+        super().connection_lost(exc)
 
 
 def _bound_response(thing: object) -> BoundSource | None:
     if not isinstance(thing, aiohttp.ClientResponse):
         return None
     protocol = thing._protocol  # noqa: SLF001
-    sock = _sockets.get(protocol) if isinstance(protocol, ResponseHandler) else None
+    sock = protocol.sock if isinstance(protocol, _Handler) else None
     return sock.bound if sock is not None else None
 
 
@@ -213,7 +234,6 @@ class BoundTCPConnector(Sourced, aiohttp.TCPConnector):
         ValueError: a source was named twice; or ``dns`` and ``resolver`` together; or *local_ports*, *direct*, *dns* or
             a limit makes no sense; or *policy* serves another connector.
         ImportError: *dns* needs ``aiobind[dns]``, a rate ``aiobind[limits]``.
-        NotImplementedError: an option was used that is not available yet.
 
     Errors of a request are aiohttp's own: a ``ClientConnectorError`` with the ``BindError``, ``ConnectError`` or
     ``ResolveError`` as its ``os_error``, and its errno.
@@ -290,6 +310,8 @@ class BoundTCPConnector(Sourced, aiohttp.TCPConnector):
             self._dialer.close()  # the policy is free again
             raise
         self._acquired_per_host = _PerHost(set)
+        handler = _UvloopHandler if is_uvloop(self._loop) else _Handler
+        self._factory = cast("partial[ResponseHandler]", partial(handler, loop=self._loop))
         # Weakly: a forgotten connector is to be gone at once.
         self._dialer.on_lost = partial(_on_lost, weakref.ref(self))
 
@@ -357,13 +379,51 @@ class BoundTCPConnector(Sourced, aiohttp.TCPConnector):
         """Get a connection for *req*, from the pool or a new one, from the source that is its turn."""
         if self._loop is not asyncio.get_running_loop():
             raise RuntimeError("this connector belongs to another event loop: make one for each loop")
-        failures: list[aiohttp.ClientConnectorError] = []
-        held_back: list[aiohttp.ClientConnectorError] = []
+        turn, route = self._dialer.obvious(), None
+        if turn is None:
+            route = self._route(req)
+            turn = route.first()
+        if turn is not None and req.proxy is None and not self.limit_per_host:
+            # What nearly every request finds: a connection that lies idle, as the first thing aiohttp looks for.
+            key = cast("ConnectionKey", _SourcedKey(req.connection_key, turn.origin))
+            if key in self._conns:
+                try:
+                    connection = await super()._get(key, traces)
+                except BaseException:
+                    if route is not None:
+                        route.leave(turn)
+                        route.close()
+                    raise
+                if connection is not None:
+                    turn.origin.handed_out()
+                    if route is not None:
+                        route.keep(turn)  # `_release` gives it back
+                        route.close()
+                    return connection
+        if route is None:
+            assert turn is not None
+            try:
+                return await self._connect_from(turn, None, req, traces, timeout)
+            except aiohttp.ClientConnectorError as error:
+                cause = getattr(error, "os_error", None)
+                if not (turn.origin.removed and isinstance(cause, AiobindError) and is_sources_fault(cause)):
+                    raise
+            route, turn = self._route(req), None  # there are others by now
+        return await self._connect_by(route, turn, req, traces, timeout)
+
+    def _route(self, req: ClientRequest) -> Route:
         url, proxy = req.url, req.proxy
         towards = None if proxy is None else (proxy.raw_host or "", proxy.port or 0)
-        route = self._dialer.route(url.raw_host or "", url.port or 0, towards=towards)
+        return self._dialer.route(url.raw_host or "", url.port or 0, towards=towards)
+
+    async def _connect_by(
+        self, route: Route, turn: Turn | None, req: ClientRequest, traces: list[Trace], timeout: aiohttp.ClientTimeout
+    ) -> Connection:
+        """Try the sources of *route*, of which *turn* is the first if nobody can have to wait for it."""
+        failures: list[aiohttp.ClientConnectorError] = []
+        held_back: list[aiohttp.ClientConnectorError] = []
         try:
-            while (turn := await self._next(route, timeout)) is not None:
+            while (turn := turn or await self._next(route, timeout)) is not None:
                 try:
                     return await self._connect_from(turn, route, req, traces, timeout)
                 except aiohttp.ClientConnectorError as error:
@@ -373,6 +433,7 @@ class BoundTCPConnector(Sourced, aiohttp.TCPConnector):
                     (held_back if turn.held_back else failures).append(error)
                     if not is_sources_fault(error.os_error):
                         break
+                turn = None
         except RuntimeError as error:
             if not self.closed:
                 raise
@@ -381,7 +442,7 @@ class BoundTCPConnector(Sourced, aiohttp.TCPConnector):
             route.close()
         errors = failures or held_back
         if not errors:
-            raise RuntimeError(f"the policy named no source for {url.raw_host}")
+            raise RuntimeError(f"the policy named no source for {req.url.raw_host}")
         try:
             if len(errors) == 1:
                 raise errors[0]
@@ -391,16 +452,18 @@ class BoundTCPConnector(Sourced, aiohttp.TCPConnector):
             del errors, failures, held_back  # which hold this very frame
 
     async def _connect_from(
-        self, turn: Turn, route: Route, req: ClientRequest, traces: list[Trace], timeout: aiohttp.ClientTimeout
+        self, turn: Turn, route: Route | None, req: ClientRequest, traces: list[Trace], timeout: aiohttp.ClientTimeout
     ) -> Connection:
         try:
             connection = await super().connect(cast("ClientRequest", _SourcedRequest(req, turn)), traces, timeout)
         except BaseException:
-            route.leave(turn)
+            if route is not None:
+                route.leave(turn)
             raise
         turn.origin.handed_out()
-        route.keep(turn)  # `_release` gives it back
-        sock = _sockets.get(cast("ResponseHandler", connection.protocol))
+        if route is not None:
+            route.keep(turn)
+        sock = cast("_Handler", connection.protocol).sock
         if sock is None or not sock.lost:
             return connection
         # It was lost in the very moment in which it was made: nothing has been sent.
@@ -425,14 +488,13 @@ class BoundTCPConnector(Sourced, aiohttp.TCPConnector):
         if not isinstance(key, _SourcedKey):  # the tunnel of a proxy, which is released under aiohttp's own key
             super()._release(key, protocol, should_close=should_close)
             return
-        sock = _sockets.get(protocol)
-        if sock is not None:
-            sock.traffic()  # uvloop closes it before it tells
-            should_close = should_close or sock.lost  # though its transport may not know of that yet
-        super()._release(cast("Any", key), protocol, should_close=should_close or key.origin.removed)
-        key.origin.given_back()
+        origin, sock = key.origin, cast("_Handler", protocol).sock
+        if origin.removed or (sock is not None and sock.lost):  # though its transport may not know of that yet
+            should_close = True
+        super()._release(cast("Any", key), protocol, should_close=should_close)
+        origin.given_back()
         if self._dialer.limits.limited:
-            self._dialer.limits.release(key.origin, place_of(key.host_key.host))
+            self._dialer.limits.release(origin, place_of(key.host_key.host))
 
     async def _create_connection(
         self, req: ClientRequest, traces: list[Trace], timeout: aiohttp.ClientTimeout
@@ -452,7 +514,7 @@ class BoundTCPConnector(Sourced, aiohttp.TCPConnector):
         finally:
             _dialling.reset(token)
         if dial.sock is not None:
-            _sockets[protocol] = dial.sock
+            cast("_Handler", protocol).sock = dial.sock
             dial.sock.user, dial.sock.unfinished = weakref.ref(protocol), False
         return protocol
 
@@ -474,22 +536,17 @@ class BoundTCPConnector(Sourced, aiohttp.TCPConnector):
             while targets:
                 if self.closed:
                     raise aiohttp.ClientConnectionError("Connector is closed")
-                dial.sock, begun = None, list[Target]()
+                begun: list[Target] = []
+                dial.sock = None
+                self._dialer.enter()
                 try:
                     async with _deadline(timeout.sock_connect):
                         dial.sock = await self._dialer.dial(
                             dial.turn, req.url.raw_host or "", targets, delay=self._delay, begun=begun
                         )
                         dial.sock.unfinished = True  # so that another source may still serve the request
-                        with handed_over(dial.sock):
-                            return await self._wrap_existing_connection(
-                                *args,
-                                sock=dial.sock,
-                                req=req,
-                                timeout=_NO_TIMEOUT,
-                                client_error=client_error,
-                                **keywords,
-                            )
+                        with handed_over(dial.sock, self._loop):
+                            return await self._hand_over(req, client_error, *args, sock=dial.sock, **keywords)
                 except (aiohttp.ClientConnectorError, TimeoutError) as error:
                     # As aiohttp does, on with the others: TLS failed at the one that was reached, or none was in time.
                     if dial.sock is not None and dial.sock.lost:
@@ -513,9 +570,20 @@ class BoundTCPConnector(Sourced, aiohttp.TCPConnector):
         finally:
             del failure  # which holds this very frame
 
-
-#: The deadline of a connect holds for TCP and TLS together; the second one needs none of its own.
-_NO_TIMEOUT = aiohttp.ClientTimeout(total=None, connect=None, sock_connect=None, sock_read=None)
+    async def _hand_over(
+        self, req: ClientRequest, client_error: type[aiohttp.ClientConnectorError], *args: Any, **keywords: Any
+    ) -> tuple[asyncio.Transport, ResponseHandler]:
+        """Do what ``_wrap_existing_connection`` does, without its deadline: there is one for TCP and TLS together."""
+        try:
+            return await self._loop.create_connection(*args, **keywords)
+        except cert_errors as error:
+            raise aiohttp.ClientConnectorCertificateError(req.connection_key, error) from error
+        except ssl_errors as error:
+            raise aiohttp.ClientConnectorSSLError(req.connection_key, error) from error
+        except OSError as error:
+            if error.errno is None and isinstance(error, TimeoutError):
+                raise
+            raise client_error(req.connection_key, error) from error
 
 
 def _on_lost(reference: weakref.ref[BoundTCPConnector], gone: list[BoundSocket], cut: bool) -> None:
@@ -542,6 +610,8 @@ def _deadline(seconds: float | None) -> asyncio.Timeout:
 
 def _target(info: AddrInfoType, url: URL) -> Target:
     text, port = str(info[4][0]), int(info[4][1])
+    if "%" not in text and (target := lies_at(text, port)) is not None:
+        return target
     if text == url.raw_host:
         text = text.replace("%25", "%", 1)  # a zone is written "%25eth0" in a URL (RFC 6874), and only there
     try:

@@ -26,7 +26,7 @@ from anyio.pytest_plugin import extract_backend_and_options, get_runner
 from blockbuster import BlockBuster
 from blockbuster.blockbuster import BlockBusterFunction
 
-from aiobind import _ports
+from aiobind import _ports, _wait
 from aiobind import lab as aiobind_lab
 
 if TYPE_CHECKING:
@@ -127,16 +127,33 @@ def resolv_conf() -> Iterator[Callable[..., None]]:
 
 # --- the loops ----------------------------------------------------------------------------------------------
 
-_LOOPS: dict[str, dict[str, Any]] = {"asyncio": {}, "uvloop": {"use_uvloop": True}}
 
-if sys.version_info >= (3, 12):
+class EpollLoop(asyncio.SelectorEventLoop):
+    """A loop of asyncio on which every connector has ``fast_connect=True``; with eager tasks, where there are such."""
 
-    def _eager_loop() -> asyncio.AbstractEventLoop:
-        loop = asyncio.new_event_loop()
-        loop.set_task_factory(asyncio.eager_task_factory)
-        return loop
+    def __init__(self) -> None:
+        super().__init__()
+        if sys.version_info >= (3, 12):
+            self.set_task_factory(asyncio.eager_task_factory)
 
-    _LOOPS["eager"] = {"loop_factory": _eager_loop}
+
+_LOOPS: dict[str, dict[str, Any]] = {
+    "asyncio": {},
+    "uvloop": {"use_uvloop": True},
+    "epoll" if sys.version_info < (3, 12) else "eager": {"loop_factory": EpollLoop},
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def both_ways() -> Iterator[None]:
+    """Wait for connects in both ways: by ``loop.sock_connect`` on asyncio, by the epoll on the other two loops."""
+
+    def way_of(loop: asyncio.AbstractEventLoop, *, fast: bool = False) -> Any:
+        return _wait.way_of(loop, fast=fast or isinstance(loop, EpollLoop))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("aiobind._dial.way_of", way_of)
+        yield
 
 
 @pytest.fixture(scope="module", params=_LOOPS.values(), ids=list(_LOOPS))

@@ -24,6 +24,7 @@ HERE = Path(__file__).parent
 SECONDS = {
     "crawler": 140,
     "spread": 95,
+    "bench": 70,
     "faults": 40,
     "leaks": 40,
     "dial": 38,

@@ -9,12 +9,13 @@ from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from opened import open_bound
 
 from aiobind import BindError
 from aiobind._advice import ADVICE, advice
 from aiobind._binding import Binding, Target, bind_any
 from aiobind._platform import platform
-from aiobind._sockets import BoundSocket, _bind, open_bound
+from aiobind._sockets import BoundSocket, _bind
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -105,6 +106,9 @@ class FreeBSD:
         return self._has_address
 
     def prepare(self, sock: socket.socket) -> None:
+        pass
+
+    def recipe(self, ifindex: int) -> None:
         pass
 
 

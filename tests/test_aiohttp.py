@@ -16,12 +16,13 @@ import ssl
 import subprocess
 import sys
 import time
+import types
 import weakref
 from collections import Counter
 from hashlib import sha256
 from ipaddress import ip_address, ip_network
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import aiohttp
 import pytest
@@ -253,6 +254,64 @@ async def until(condition: Callable[[], object], seconds: float = 5) -> None:
 
 async def together(*awaitables: Awaitable[Any]) -> list[Any]:
     return await asyncio.gather(*awaitables)
+
+
+# --- the pool's short way -----------------------------------------------------------------------------------
+
+
+class Asked:
+    """A policy of the caller's own, which notes that it was asked."""
+
+    def __init__(self) -> None:
+        self.hosts: list[str] = []
+
+    def order(self, sources: Any, host: str) -> Any:
+        self.hosts.append(host)
+        return iter(sources)
+
+
+async def test_a_policy_of_the_callers_own_is_asked_for_each_request(server: Server) -> None:
+    policy = Asked()
+    async with session(A, policy=policy) as client:
+        for _ in range(3):
+            await get(client, server.url())
+    assert policy.hosts == [HERE] * 3
+    assert len(set(server.peers)) == 1
+
+
+async def calls_of_a_request(server: Server, sources: int) -> int:
+    """Count the calls of Python functions that getting an idle connection, and giving it back, takes."""
+    async with session(*(f"127.0.1.{number}" for number in range(1, sources + 1))) as client:
+        for _ in range(2 * sources):
+            await get(client, server.url())
+        connector = connector_of(client)
+        request = types.SimpleNamespace(url=URL(server.url()), proxy=None)
+        (key, *_) = connector._conns
+        request.connection_key = cast("Any", key).host_key
+        counts: list[int] = []
+        for _ in range(5):
+            calls = 0
+
+            def count(frame: object, event: str, argument: object) -> None:
+                nonlocal calls
+                calls += event in {"call", "c_call"}
+
+            sys.setprofile(count)
+            try:
+                connection = await connector.connect(cast("Any", request), [], aiohttp.ClientTimeout())
+                connection.release()
+            finally:
+                sys.setprofile(None)
+            counts.append(calls)
+        assert figures(client)["127.0.1.1"][2] == 1  # it is idle again
+    return min(counts)
+
+
+async def test_a_pooled_request_costs_the_same_from_any_number_of_sources(server: Server) -> None:
+    one, ten, hundred = [await calls_of_a_request(server, sources) for sources in (1, 10, 100)]
+    assert 10 < one < 100
+    assert hundred == ten
+    assert ten <= one + 60
 
 
 # --- the pool -----------------------------------------------------------------------------------------------
@@ -1477,7 +1536,6 @@ REFUSED = {
     "local_ports": ({"local_ports": range(5000, 5000)}, ValueError, "local_ports is a range of ports"),
     "dns": ({"dns": "192.0.2.53"}, ValueError, 'dns is "system", "source" or a sequence'),
     "direct": ({"direct": "localhost"}, TypeError, "direct is a sequence"),
-    "fast_connect": ({"fast_connect": True}, NotImplementedError, "fast_connect"),
     "unknown": ({"colour": "red"}, TypeError, "colour"),
     "force_close": ({"force_close": True, "keepalive_timeout": 3}, ValueError, "force_close"),
 }

@@ -10,16 +10,19 @@ import ast
 import asyncio
 import inspect
 import socket
+import ssl
 import weakref
 from collections import defaultdict, deque
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import aiohttp
 import pytest
 from aiohttp import web
 from aiohttp.abc import AbstractResolver, ResolveResult
+from aiohttp.client_exceptions import cert_errors, ssl_errors
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.client_reqrep import ClientRequest, ConnectionKey
 from aiohttp.connector import BaseConnector, Connection, TCPConnector
@@ -45,7 +48,6 @@ SIGNATURES = {
     "connect": "self, req, traces, timeout",
     "_create_connection": "self, req, traces, timeout",
     "_wrap_create_connection": "self, *args, addr_infos, req, timeout, client_error, **kwargs",
-    "_wrap_existing_connection": "self, *args, req, timeout, client_error, **kwargs",
     "_get": "self, key, traces",
     "_release": "self, key, protocol, *, should_close",
 }
@@ -78,12 +80,13 @@ def test_every_private_name_that_we_touch_is_held_here() -> None:
     functions = {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)}
     used = {node.attr for node in attributes} | functions
     ours = functions | {node.attr for node in attributes if isinstance(node.ctx, ast.Store)} | set(vars(Dialer))
-    theirs = set(vars(TCPConnector)) | set(vars(BaseConnector)) | {"_acquired_per_host", "_payload"}
+    theirs = set(vars(TCPConnector)) | set(vars(BaseConnector)) | {"_acquired_per_host", "_factory", "_payload"}
     private = {name for name in used if name.startswith("_") and not name.startswith("__")}
     assert (private - ours) | (private & theirs) == {
         "_acquired_per_host",
         "_conns",
         "_create_connection",
+        "_factory",
         "_get",
         "_loop",
         "_payload",
@@ -91,7 +94,6 @@ def test_every_private_name_that_we_touch_is_held_here() -> None:
         "_release",
         "_ssl_shutdown_timeout",
         "_wrap_create_connection",
-        "_wrap_existing_connection",
     }
 
 
@@ -134,11 +136,21 @@ class Request:
         return getattr(self.request, name)
 
 
+class Handler(ResponseHandler):
+    """A protocol of ours."""
+
+    __slots__ = ("more",)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        super().connection_lost(exc)
+
+
 class Spy(TCPConnector):
     """Notes what aiohttp's own connector does with a request and a key that are not its own."""
 
     def __init__(self, error: Exception | None = None, **keywords: Any) -> None:
         super().__init__(**keywords)
+        self._factory = cast("partial[ResponseHandler]", partial(Handler, loop=self._loop))
         self.error = error
         self.calls: list[str] = []
         self.request: Any = None
@@ -184,8 +196,10 @@ class Spy(TCPConnector):
             sock.close()
             addr_infos.clear()
             raise keywords["client_error"](req.connection_key, error) from error
-        transport, protocol = await self._wrap_existing_connection(*args, sock=sock, req=req, **keywords)
-        assert isinstance(protocol, ResponseHandler), changed("what _wrap_existing_connection returns")
+        # All but these two is what loop.create_connection takes, the factory of the protocol first.
+        keywords = {name: value for name, value in keywords.items() if name not in {"timeout", "client_error"}}
+        transport, protocol = await asyncio.get_running_loop().create_connection(*args, sock=sock, **keywords)
+        assert isinstance(protocol, Handler), changed("what makes protocols: TCPConnector._factory")
         return transport, protocol
 
     def _release(self, key: Any, protocol: ResponseHandler, *, should_close: bool = False) -> None:
@@ -342,6 +356,22 @@ def test_connector_errors_are_made_of_a_key_and_an_error(kind: type[aiohttp.Clie
     assert error.os_error is inner, changed(f"{kind.__name__}.os_error")
     assert (error.errno, error.strerror) == (5, "five"), changed(f"errno and strerror of {kind.__name__}")
     assert issubclass(kind, aiohttp.ClientConnectorError), changed(f"the base of {kind.__name__}")
+
+
+def test_the_errors_of_tls_have_names() -> None:
+    """As ``_wrap_existing_connection`` of aiohttp, whose part aiobind plays, tells them apart."""
+    assert set(cert_errors) == {ssl.CertificateError}, changed("client_exceptions.cert_errors")
+    assert set(ssl_errors) == {ssl.SSLError}, changed("client_exceptions.ssl_errors")
+    theirs = inspect.getsource(TCPConnector._wrap_existing_connection)
+    for line in (
+        "except cert_errors as exc:",
+        "raise ClientConnectorCertificateError(req.connection_key, exc) from exc",
+        "except ssl_errors as exc:",
+        "raise ClientConnectorSSLError(req.connection_key, exc) from exc",
+        "if exc.errno is None and isinstance(exc, asyncio.TimeoutError):",
+        "raise client_error(req.connection_key, exc) from exc",
+    ):
+        assert line in theirs, changed("_wrap_existing_connection")
 
 
 async def test_the_timeout_of_a_tls_shutdown_is_kept_where_there_is_one() -> None:

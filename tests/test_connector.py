@@ -523,7 +523,6 @@ async def test_no_descriptor_left() -> None:
         (("if!a",), {"local_ports": range(9)}, ValueError, "a range of ports from 1 to 65535"),
         (("if!a",), {"local_ports": range(9, 65537)}, ValueError, "a range of ports from 1 to 65535"),
         (("if!a",), {"local_ports": range(9, 20, 2)}, ValueError, "without a step"),
-        (("if!a",), {"fast_connect": True}, NotImplementedError, "fast_connect=True is not available yet"),
         (("if!a",), {"policy": aiobind.RoundRobin}, TypeError, r"as in policy=aiobind.RoundRobin\(\), not <class"),
         (("if!a",), {"policy": "round-robin"}, TypeError, "an object with a method order, .* not 'round-robin'"),
         (("if!a",), {"on_event": 5}, TypeError, "on_event is a plain function of one Event, not 5"),
@@ -1222,6 +1221,93 @@ def make_silent() -> Iterator[Callable[..., int]]:
     yield make
     for sock in socks:
         sock.close()
+
+
+# ── the short way of a single source ──
+
+
+class Asked(InOrder):
+    """Notes for which hosts it was asked."""
+
+    def __init__(self) -> None:
+        self.hosts: list[str] = []
+
+    def order(self, sources: Any, host: str) -> Iterator[Any]:
+        self.hosts.append(host)
+        return iter(sources)
+
+
+async def test_a_policy_of_the_callers_own_is_asked_though_there_is_one_source(port: int) -> None:
+    policy = Asked()
+    async with aiobind.Connector("127.0.0.2", policy=policy) as connector:
+        for _ in range(3):
+            (await connector.connect(HOST, port)).close()
+        policy.order = lambda *_: iter(())  # type: ignore[method-assign]
+        with pytest.raises(RuntimeError, match="named no source"):
+            await connector.connect(HOST, port)
+    assert policy.hosts == [HOST] * 3
+
+
+async def story(connector: aiobind.Connector, port: int, silent: int) -> list[aiobind.SourceStats]:
+    """Do what leaves a trace in every figure; return the figures on the way, without those of time."""
+    told: list[aiobind.SourceStats] = []
+
+    def note() -> None:
+        figures = connector.stats()[0]
+        assert (figures.latency_p50 is None) is (figures.connects == 0)
+        told.append(figures._replace(latency_p50=None, latency_p99=None))
+
+    note()
+    held = [await connector.connect(HOST, port) for _ in range(3)]
+    note()
+    held.pop().close()
+    note()
+    with pytest.raises(aiobind.ConnectError) as caught:
+        await connector.connect(HOST, 1)
+    assert caught.value.errno == errno.ECONNREFUSED
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await connector.connect(HOST, silent)
+    note()
+    _, writer = await connector.open_connection(HOST, port)
+    writer.write(b"12345")
+    await settled(lambda: connector.stats()[0].bytes_sent == 5)
+    writer.close()
+    await writer.wait_closed()
+    note()
+    for sock in held:
+        sock.close()
+    await settled(lambda: connector.stats()[0].connections == 0)
+    note()
+    return told
+
+
+async def test_the_figures_are_the_same_by_the_short_way(port: int, make_silent: Callable[..., int]) -> None:
+    silent, stories = make_silent(), []
+    for options in ({}, {"policy": InOrder()}, {"limit_per_source": 50}, {"socket_options": [(1, 9, 1)]}):
+        async with aiobind.Connector("127.0.0.2", **options) as connector:  # type: ignore[arg-type]
+            stories.append(await story(connector, port, silent))
+    for told in stories[1:]:
+        # What the server has sent by the time that the third was closed, nobody knows.
+        assert [figures._replace(bytes_received=0) for figures in told] == [
+            figures._replace(bytes_received=0) for figures in stories[0]
+        ]
+
+
+async def test_what_is_learned_between_two_connects_counts_at_once(port: int) -> None:
+    async with aiobind.Connector("127.0.0.2") as connector:
+        assert await addresses(connector, port, 3) == ["2"] * 3
+        connector.report("127.0.0.2", host=HOST, ok=False, seconds=60)
+        assert await addresses(connector, port, 1) == ["2"]  # there is no other one
+        connector.add("127.0.0.3")
+        assert await addresses(connector, port, 2) == ["3"] * 2
+        connector.report("127.0.0.2", host=HOST, ok=True)
+        assert sorted(await addresses(connector, port, 2)) == ["2", "3"]
+        connector.remove("127.0.0.2")
+        assert await addresses(connector, port, 2) == ["3"] * 2
+        with aiobind.use_source("127.0.0.4"):
+            assert await addresses(connector, port, 1) == ["4"]
+        assert await addresses(connector, port, 1) == ["3"]
 
 
 def failed(connector: aiobind.Connector, which: int, family: int = socket.AF_INET, *, due: bool = False) -> Any:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import re
+import shutil
 import socket
 import subprocess
 import sys
+import textwrap
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import uvloop
 
 import aiobind
 from aiobind import _interfaces
@@ -17,6 +22,7 @@ from aiobind._platform import platform
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from aiobind.lab import Lab, Namespace, Witness
 
@@ -418,6 +424,265 @@ async def test_what_changes_between_the_decision_and_the_connect(
             await asyncio.wait_for(attempt, 10)
     assert caught.value.errno == errno.EADDRNOTAVAIL
     assert not [packet for packet in witness.packets() if packet.destination == V4]
+
+
+# ── the short way: what has been worked out once is repeated ──
+
+
+async def warm(connector: aiobind.Connector, host: str = V4, port: int = 80) -> None:
+    """Have the way to *host* worked out, and repeated once."""
+    for _ in range(3):
+        (await connector.connect(host, port)).close()
+        await asyncio.sleep(0)
+
+
+FROM_N2 = "198.18.2.2"
+
+
+@pytest.mark.parametrize(
+    ("changes", "outcome"),
+    [
+        ("addr del 198.18.1.2/24 dev n1; addr add 198.18.1.77/24 dev n1; {default}", "198.18.1.77"),
+        ("addr add 198.18.1.77/24 dev n1", "198.18.1.2"),
+        ("addr del 198.18.1.2/24 dev n1", errno.EADDRNOTAVAIL),
+        ("addr del 198.18.1.2/24 dev n1; addr add 198.18.1.2/32 dev lo", errno.EADDRNOTAVAIL),
+        ("addr del 198.18.1.2/24 dev n1; addr add 198.18.1.2/32 dev n2", errno.EADDRNOTAVAIL),
+        ("link set n1 down", errno.ENETUNREACH),
+        ("link set n1 down; link set n1 up; {default}", "198.18.1.2"),
+        ("link del n1", errno.ENODEV),
+        ("link del n1; link add n1 type veth peer name e1; addr add 198.18.1.78/24 dev n1", errno.ENETUNREACH),
+        ("link set n1 name x1", errno.ENODEV),
+        ("link set n1 name x1; link set n2 name n1", FROM_N2),
+        ("link del n1; link set n2 name n1", FROM_N2),
+    ],
+    ids=lambda text: text.replace(" dev n1", "") if isinstance(text, str) else None,
+)
+async def test_what_changes_between_two_connects(
+    lab: Lab, far: list[socket.socket], witness: Witness, changes: str, outcome: str | int
+) -> None:
+    """Without a turn of the loop, which would have read of it, so that nobody has told the connector."""
+    async with aiobind.Connector("if!n1") as connector:
+        await warm(connector)
+        witness.packets()
+        lab.near.ip(*changes.format(default="route add default via 198.18.1.1 dev n1 metric 1001").split("; "))
+        if isinstance(outcome, int):
+            with pytest.raises(aiobind.BindError) as caught:
+                await connector.connect(V4, 80)
+            assert caught.value.errno == outcome
+            assert not connections(witness)
+        else:
+            with await connector.connect(V4, 80) as sock:
+                bound = aiobind.bound_source(sock)
+                assert bound[1:3] == ("n1", outcome)
+                assert sock.getsockname()[0] == outcome
+                assert sock.getpeername() == (V4, 80)
+            nic = "n2" if outcome == FROM_N2 else "n1"
+            assert connections(witness) == {(nic, outcome, bound.port)}
+
+
+async def test_a_link_that_goes_down_while_a_repeated_connect_waits(lab: Lab, far: list[socket.socket]) -> None:
+    events: list[aiobind.Event] = []
+    async with aiobind.Connector("if!n1", on_event=events.append) as connector, asyncio.timeout(5):
+        await warm(connector)
+        lab.far.ip("route add blackhole 198.18.1.2/32")
+        attempts = [asyncio.ensure_future(connector.connect(V4, 80)) for _ in range(3)]
+        await asyncio.sleep(0.05)
+        assert not any(attempt.done() for attempt in attempts)
+        lab.near.ip("link set n1 down")
+        for attempt in attempts:
+            with pytest.raises(aiobind.BindError, match="n1 is down") as caught:
+                await attempt
+            assert caught.value.errno == errno.ENETUNREACH
+        figures = connector.stats()[0]
+        assert (figures.connects, figures.failures) == (3, {"ENETUNREACH": 3})
+        assert not connector._dialer._planner.watching()._attempts
+        assert not connector._dialer._planner.watching().guards
+
+
+async def test_a_link_that_is_back_when_a_repeated_connect_goes_on(lab: Lab, far: list[socket.socket]) -> None:
+    """It is not the socket that was ended for the link's sake which the caller gets."""
+    async with aiobind.Connector("if!n1") as connector:
+        await warm(connector)
+        dialer, ways = connector._dialer, []
+        way = dialer._way
+        assert way is not None
+
+        async def flapping(sock: socket.socket, address: Any) -> None:
+            await way(sock, address)
+            ways.append(sock)
+            if len(ways) == 1:  # all this is in the same turn, before whoever waits goes on
+                lab.near.ip("link set n1 down")
+                dialer._planner.watching().on_readable()
+                lab.near.ip("link set n1 up", "route add default via 198.18.1.1 dev n1 metric 1001")
+                while dialer._planner.watching().on_readable():
+                    pass
+
+        dialer._way = flapping
+        with await connector.connect(V4, 80) as sock:
+            assert sock.send(b"x") == 1
+
+
+async def test_news_that_say_nothing_of_it_leave_a_repeated_connect_alone(lab: Lab, far: list[socket.socket]) -> None:
+    async with aiobind.Connector("if!n1") as connector, asyncio.timeout(5):
+        await warm(connector)
+        lab.far.ip("route add blackhole 198.18.1.2/32")
+        attempt = asyncio.ensure_future(connector.connect(V4, 80))
+        await asyncio.sleep(0.02)
+        lab.near.ip("link set n2 down", "addr add 198.18.1.55/32 dev n1")
+        await asyncio.sleep(0.02)
+        assert not attempt.done()
+        lab.far.ip("route del blackhole 198.18.1.2/32")  # the next SYN is answered, after a second
+        (await attempt).close()
+
+
+async def test_a_neighbour_that_does_not_answer_any_more(lab: Lab, far: list[socket.socket]) -> None:
+    """It is found for a repeated connect as for the first."""
+    gateway = "2001:db8:1::1"
+    async with aiobind.Connector("if!n1") as connector, asyncio.timeout(8):
+        await warm(connector, gateway)
+        lab.far.ip(f"addr del {gateway}/64 dev f1")
+        lab.near.ip("neigh flush dev n1", "route del ::/0 dev n1")
+        with pytest.raises(aiobind.ConnectError, match=f"nobody answers for {gateway} on n1") as caught:
+            await connector.connect(gateway, 80)
+        assert caught.value.errno == errno.EHOSTUNREACH
+
+
+@pytest.mark.parametrize("outcome", ["connected", "refused", "cancelled"])
+async def test_nothing_is_watched_afterwards(lab: Lab, far: list[socket.socket], outcome: str) -> None:
+    async with aiobind.Connector("if!n1") as connector:
+        await warm(connector)
+        watch = connector._dialer._planner.watching()
+        if outcome == "refused":
+            far[0].close()
+        elif outcome == "cancelled":
+            lab.far.ip("route add blackhole 198.18.1.2/32")
+        attempt = asyncio.ensure_future(connector.connect(V4, 80))
+        if outcome == "cancelled":
+            await asyncio.sleep(0.02)
+            assert len(watch._attempts) == 1
+            attempt.cancel()
+        (result,) = await asyncio.gather(attempt, return_exceptions=True)
+        if isinstance(result, socket.socket):
+            result.close()
+        kinds = {"connected": socket.socket, "refused": aiobind.ConnectError, "cancelled": asyncio.CancelledError}
+        assert isinstance(result, kinds[outcome])
+        assert (len(watch._attempts), len(watch._guarded), len(watch.guards)) == (0, 0, 0)
+
+
+_CALLS = """
+    import asyncio, os, aiobind
+    aiobind._interfaces._TRUST = 0.1  # under strace a connect takes milliseconds
+    async def main():
+        async with aiobind.Connector({source!r}, fast_connect={fast}) as connector:
+            for number in range(40):
+                if number > 9:
+                    os.path.exists("/next")
+                (await connector.connect({host!r}, 80)).close()
+            os.path.exists("/next")
+    {library}.run(main())
+"""
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="no strace")
+@pytest.mark.parametrize(
+    ("library", "fast", "wait"),
+    [
+        ("asyncio", False, "epoll_ctl epoll_wait getsockopt epoll_wait epoll_ctl"),
+        ("asyncio", True, "epoll_ctl epoll_wait epoll_wait epoll_wait"),
+        ("import uvloop; uvloop", False, "epoll_ctl epoll_pwait epoll_wait"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("source", "host", "options"),
+    [("if!n1", V4, 3), ("if!n1", V6, 3), ("ifhost!n1!198.18.1.2", V4, 3), ("198.18.1.2", V4, 2)],
+)
+def test_the_system_calls_of_a_repeated_connect(
+    lab: Lab,
+    far: list[socket.socket],
+    tmp_path: Path,
+    library: str,
+    wait: str,
+    source: str,
+    host: str,
+    options: int,
+    *,
+    fast: bool,
+) -> None:
+    """Nothing on the netlink socket, and nothing but what one connect needs."""
+    program = textwrap.dedent(_CALLS.format(library=library, source=source, host=host, fast=fast))
+    trace = tmp_path / "trace"
+    subprocess.run(["strace", "-qq", "-o", trace, sys.executable, "-c", program], check=True, timeout=60)
+    connects = re.split(r'.*"/next".*\n', trace.read_text())[1:-1]
+    assert len(connects) == 30
+    calls = Counter(" ".join(re.findall(r"(?m)^(\w+)\(", text)) for text in connects)
+    expected = ["socket", *["setsockopt"] * options, "bind", "connect", *wait.split(), "getsockname"]
+    # One of them may have been held up, so that the table was looked at once.
+    assert calls.most_common(1)[0][0].split() == [*expected, "getsockopt", "close"]
+
+
+class Counting:
+    """Counts what a loop is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tasks = self.timers = 0
+
+    def create_task(self, *args: Any, **keywords: Any) -> Any:
+        self.tasks += 1
+        return super().create_task(*args, **keywords)  # type: ignore[misc]
+
+    def call_later(self, *args: Any, **keywords: Any) -> Any:
+        self.timers += 1
+        return super().call_later(*args, **keywords)  # type: ignore[misc]
+
+
+class CountingAsyncio(Counting, asyncio.SelectorEventLoop):
+    pass
+
+
+class CountingUvloop(Counting, uvloop.Loop):
+    pass
+
+
+@pytest.mark.parametrize("new_loop", [CountingAsyncio, CountingUvloop])
+@pytest.mark.parametrize("fast", [False, True], ids=["default", "fast"])
+@pytest.mark.parametrize(
+    ("sources", "host", "timers"),
+    [
+        (["if!n1"], V4, 0),
+        (["if!n1", "if!n2"], V6, 0),
+        (["198.18.1.2"], V4, 0),
+        (["if!n1"], "two.test", 1),
+        (["if!n1", "198.18.1.2"], "two.test", 1),
+    ],
+)
+def test_no_task_and_no_timer_that_is_not_needed(
+    lab: Lab,
+    far: list[socket.socket],
+    resolv_conf: Callable[..., None],
+    new_loop: Callable[[], Any],
+    sources: list[str],
+    host: str,
+    timers: int,
+    *,
+    fast: bool,
+) -> None:
+    """None for one address; for two, of which the first answers, the timer that would start the other one."""
+    resolv_conf("", hosts=f"{V4} two.test\n198.18.1.1 two.test\n")
+
+    async def main() -> None:
+        async with aiobind.Connector(*sources, fast_connect=fast) as connector:
+            for number in range(8):
+                if number == 4:  # the one timer of all attempts is due in three seconds
+                    loop.tasks = loop.timers = 0
+                (await connector.connect(host, 80)).close()
+            assert (loop.tasks, loop.timers) == (0, 4 * timers)
+
+    loop = new_loop()
+    try:
+        loop.run_until_complete(main())
+    finally:
+        loop.close()
 
 
 # ── what the kernel tells, and what it does not ──

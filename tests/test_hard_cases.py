@@ -168,7 +168,7 @@ async def test_report_names_the_same_host(reported, asked):
     web, plain = (make(A, B, policy=aiobind.Failover()) for make in (BoundTCPConnector, aiobind.Connector))
     for connector in (web, plain):
         connector.report(A, host=reported)
-        first = next(iter(connector._dialer.route(asked, 80)._turns))
+        first = await connector._dialer.route(asked, 80).next()
         if connector is web or reported.isascii():  # the standard library has IDNA 2003 only
             assert str(first.origin.source) == B
     await web.close()

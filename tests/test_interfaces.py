@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import uvloop
 
+from aiobind import _interfaces
 from aiobind._binding import Binding, Link, LinkAddress, Refusal, Target
 from aiobind._errors import BindError
 from aiobind._interfaces import Guard, Interfaces, InterfaceTable, InterfaceWatch
@@ -440,6 +441,8 @@ def test_of_many_interfaces_a_few_are_named() -> None:
 class Script:
     """A feed that answers each list by the next line of a script, and news whenever the test says so."""
 
+    announces = True
+
     def __init__(self, *answers: Sequence[Record | OSError]) -> None:
         self._answers = deque(answers)
         self._queue: deque[Record | OSError] = deque()
@@ -607,6 +610,111 @@ async def until(condition: Callable[[], Any], seconds: float = 10) -> float:
         while not condition():
             await asyncio.sleep(0.001)
     return time.perf_counter() - start
+
+
+# --- how long the table is trusted ------------------------------------------------------------------------------
+
+
+@pytest.mark.anyio
+async def test_the_stamp_of_the_table(watch_of: Callable[..., Any]) -> None:
+    watch, feed = watch_of([*ETH0, WHOLE], [*ETH0, WHOLE])
+    assert watch.trusted(1.0) == 0  # nobody has asked for it
+    table = await watch.caught_up()
+    stamp = watch.trusted(1.0)
+    assert stamp == watch.stamp == table.changes > 0
+    feed.say(has(2, "192.0.2.9"))  # which nobody has read
+    assert watch.trusted(1.0 + _interfaces._TRUST / 2) == stamp
+    assert watch.trusted(1.0 + _interfaces._TRUST * 2) == 0
+    await until(lambda: "192.0.2.9" in addresses(table, "eth0"))
+    assert stamp != watch.stamp == watch.trusted(2.0) == table.changes
+    feed.say(has(2, "192.0.2.9"))  # no other than before
+    before = watch.stamp
+    await until(feed.quiet)
+    assert watch.trusted(3.0) == before
+    assert await watch.told_anew() is not table
+    assert watch.trusted(3.0) not in {0, stamp, before}
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("announces", [True, False])
+async def test_who_has_waited_for_the_loop_has_heard(watch_of: Callable[..., Any], *, announces: bool) -> None:
+    """Not where the system does not tell, and is asked from time to time."""
+    watch, feed = watch_of([*ETH0, WHOLE])
+    watch._announces = announces
+    await watch.caught_up()
+    stamp = watch.trusted(1.0)
+    watch.has_waited(5.0)
+    looks = []
+    feed.quiet = lambda: looks.append(1) or True
+    assert watch.trusted(5.0) == stamp
+    assert bool(looks) is not announces
+    watch.has_waited(4.0)  # an older one takes nothing back
+    looks.clear()
+    assert watch.trusted(5.0) == stamp
+    assert not looks
+
+
+@pytest.mark.anyio
+async def test_news_are_no_reason_to_trust_what_is_left_to_read(watch_of: Callable[..., Any]) -> None:
+    watch, feed = watch_of([*ETH0, WHOLE])
+    await watch.caught_up()
+    assert watch.trusted(1.0)
+    feed.say(*(has(2, f"192.0.2.{number}") for number in range(10, 10 + 2 * _interfaces._PIECES_PER_TURN)))
+    assert watch.on_readable()
+    watch.has_waited(1.0)
+    assert (watch.stamp, watch.trusted(1.0)) == (0, 0)
+    await watch.caught_up()
+    assert watch.trusted(1.0) == watch.stamp != 0
+
+
+class Attempt:
+    """What a watch knows of a socket that connects."""
+
+    local = ip_address("192.0.2.2")
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.shutdown = sock.shutdown
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("news", "outcome"),
+    [
+        ([], None),
+        ([has(2, "192.0.2.9")], "holds"),
+        ([seen(3, "eth1")], "holds"),
+        ([seen(2, "eth0", up=False)], "eth0 is down"),
+        ([LinkGone(2)], "eth0 is gone"),
+        ([AddressGone(2, ip_address("192.0.2.2"), b""), has(2, "192.0.2.9")], "192.0.2.2 is not an address of eth0"),
+    ],
+)
+async def test_an_attempt_has_a_guard_when_there_is_something_to_say(
+    watch_of: Callable[..., Any], news: list[Any], outcome: str | None
+) -> None:
+    watch, feed = watch_of([*ETH0, WHOLE])
+    table = await watch.caught_up()
+    mine, other = socket.socketpair()
+    with mine, other:
+        other.setblocking(False)
+        sock = Attempt(mine)
+        watch.begin(sock, (table.link("eth0"), WIDE, False), time.monotonic())
+        feed.say(*news)
+        if news:
+            await until(feed.quiet)
+            await asyncio.sleep(0)
+        guard = watch.end(sock)
+        assert (guard is None) is (outcome is None)
+        assert not watch._attempts
+        assert not watch._guarded
+        assert not watch.guards
+        if guard is not None and outcome == "holds":
+            assert not guard.aborted
+            await guard.confirm()
+        elif guard is not None and outcome is not None:
+            assert guard.aborted
+            assert other.recv(1) == b""  # ended at once
+            with pytest.raises(BindError, match=rf"{outcome}.* \(since the attempt began\)"):
+                await guard.confirm()
 
 
 @pytest.mark.anyio

@@ -13,12 +13,13 @@ from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from opened import open_bound
 
 from aiobind import _origin, parse_source
 from aiobind._binding import Binding, Target
 from aiobind._health import Breaker
 from aiobind._origin import Origin
-from aiobind._sockets import BoundSource, open_bound
+from aiobind._sockets import BoundSource
 
 if TYPE_CHECKING:
     from collections import deque
@@ -138,7 +139,7 @@ def test_a_connection_that_is_forgotten_has_ended(peer: Peer, *, cycle: bool) ->
     origin = an_origin()
     sock: Any = peer.connect(origin)
     if cycle:  # then its weak references are gone before it can say anything
-        sock.myself = sock
+        sock.user = lambda sock=sock: sock  # a cycle
     del sock
     gc.collect()
     assert origin.stats()[1:5] == (0, 0, 0, 1)

@@ -523,7 +523,7 @@ def test_oldest_constraints_are_the_lower_bounds() -> None:
 
 
 def test_all_has_every_extra_for_users() -> None:
-    for_us = {"all", "examples", "test", "lint"}
+    for_us = {"all", "bench", "examples", "lint", "test"}
     for_users = set(PROJECT["optional-dependencies"]) - for_us
     assert requirements("all") == requirements(*for_users)
 

@@ -12,6 +12,7 @@ from ipaddress import ip_address, ip_network
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from opened import open_bound
 
 from aiobind._binding import Binding, Refusal, Target
 from aiobind._errors import BindError, ResolveError
@@ -20,7 +21,6 @@ from aiobind._plan import Planner
 from aiobind._platform import platform
 from aiobind._platform.base import LinkSeen
 from aiobind._resolve import Resolved, SystemLookup
-from aiobind._sockets import open_bound
 from aiobind._sources import Interface, parse_source
 
 if TYPE_CHECKING:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import uvloop
+from opened import open_bound
 from sandbox import Sandbox
 
 import aiobind
@@ -27,7 +28,6 @@ from aiobind._platform import polled as module
 from aiobind._platform.base import AddressSeen, LinkSeen, ListEnd
 from aiobind._platform.linux import Linux, Netlink
 from aiobind._platform.polled import Polled
-from aiobind._sockets import open_bound
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

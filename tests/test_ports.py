@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from opened import open_bound
 
 from aiobind import BindError, _ports
 from aiobind._binding import Binding, Target
 from aiobind._platform import platform
 from aiobind._ports import ANY_PORT, LocalPorts, claim, release
-from aiobind._sockets import open_bound
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -379,8 +379,8 @@ def test_the_kernel_would_give_it(lab: Lab, stack: ExitStack, version: int) -> N
     """Why they reserve: the later connection's SYN resets the pinned one."""
     opened = Open(lab, stack, "5001 5001", version)
     pinned = opened(pinned=True)
-    release(pinned._claim)  # nobody knows of it
-    pinned._claim = None
+    release(pinned.claimed)  # nobody knows of it
+    pinned.claimed = None
     taken = opened(pinned=False, connect=False)
     taken.settimeout(1)
     with suppress(OSError):
@@ -421,7 +421,7 @@ def test_a_socket_that_is_collected_has_ended_its_claim(lab: Lab, version: int) 
         stack.pop_all().close()
         assert claims() == {}
         sock = open_bound(Binding("n1", (ip_address(lab.nic("n1").v4),)), TARGET)
-        sock.detach_ = sock  # type: ignore[attr-defined]  # a cycle
+        sock.user = lambda sock=sock: sock  # type: ignore[misc,assignment]  # a cycle
         del sock
         with pytest.warns(ResourceWarning, match="unclosed"):
             gc.collect()

@@ -9,13 +9,13 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 import pytest
+from opened import connect, open_bound
 from test_egress import far_server as answering
 
 import aiobind
 from aiobind._binding import Target
 from aiobind._plan import Planner
 from aiobind._resolve import SystemLookup, literal
-from aiobind._sockets import connect, open_bound
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable

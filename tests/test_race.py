@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from opened import connect, open_bound
 
 from aiobind._binding import Binding, Target
 from aiobind._race import interleave, race
-from aiobind._sockets import connect, open_bound
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -301,9 +301,14 @@ def test_no_machinery_where_nothing_is_raced(tries: list[Try], delay: float | No
     assert course.loop.timers == len(tries)  # those of the attempts' own sleep
 
 
-def test_a_race_has_a_task_for_each_attempt() -> None:
-    course = Course([Try(1), Try(1)], 0.25).run()
-    assert len(course.tasks - {course.task}) == 2
+@either_tasks
+def test_the_first_attempt_is_made_by_whoever_asks(eager: bool) -> None:
+    """In time, it costs a timer and no task; when the delay is over, each further one has a task."""
+    course = Course([Try(0.125), Try(1)], 0.25, eager=eager).run()
+    assert (course.tasks, course.loop.timers) == ({course.task}, 2)  # one of them is its own sleep
+    course = Course([Try(1), Try(1), Try(1)], 0.25, eager=eager).run()
+    assert len(course.tasks) == 3
+    assert course.task in course.tasks
 
 
 # --- nothing is left ----------------------------------------------------------------------------------------

@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 import gc
 import math
+import random
 import socket
 from ipaddress import ip_address
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,8 +17,9 @@ from aiobind import _origin, _roster
 from aiobind._binding import LinkAddress
 from aiobind._events import Journal
 from aiobind._interfaces import InterfaceTable
+from aiobind._limits import Limits
 from aiobind._platform.base import AddressSeen, LinkGone, LinkSeen
-from aiobind._roster import Roster, Turn
+from aiobind._roster import Roster, Route, Turn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -44,7 +45,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(_roster, "time", clock)
     monkeypatch.setattr(_origin, "time", clock)
-    monkeypatch.setattr("aiobind._health.random", SimpleNamespace(uniform=lambda _, most: most))  # no jitter
+    monkeypatch.setattr(random, "uniform", lambda _, most: most)  # no jitter
     return clock
 
 
@@ -199,6 +200,86 @@ def test_a_pin_stands_alone_whatever_it_has_failed_at() -> None:
     case.fails("a")
     assert letters(case.roster.only(case["a"].source)) == "A"
     assert letters(case.roster.only(aiobind.parse_source("if!z"))) == "Z"
+
+
+# ── the only one ──
+
+
+class Derived(aiobind.RoundRobin):
+    """May do what it likes."""
+
+
+@pytest.mark.parametrize(
+    ("names", "policy", "obvious"),
+    [
+        ("a", None, True),
+        ("a", aiobind.RoundRobin(), True),
+        ("a", aiobind.Failover(), True),
+        ("a", aiobind.Sticky(), True),
+        ("a", aiobind.LeastConnections(), True),
+        ("a", Derived(), False),
+        ("a", InOrder(), False),
+        ("ab", None, False),
+    ],
+)
+def test_where_there_is_nothing_to_choose(names: str, policy: Any, *, obvious: bool) -> None:
+    roster = Roster([f"if!{name}" for name in names], policy, Journal(None), pooled=False)
+    sole = roster.sole
+    assert (sole is not None) is obvious
+    if sole is not None:
+        assert (sole.origin, sole.forced, sole.held_back, sole.until) == (roster.find("if!a"), True, False, 0.0)
+        assert roster.sole is sole
+        assert letters(roster.order(HOST, TOWARDS)) == "a"
+
+
+def test_the_only_one_is_heard_of_at_once() -> None:
+    """Of what there is to choose, and of what is known against it, however that has come about."""
+    roster = Roster(["if!a"], None, Journal(None), pooled=False)
+    origin = roster.find("if!a")
+
+    def sole() -> str:
+        return "" if roster.sole is None else letters([roster.sole]).lower()
+
+    assert sole() == "a"
+    roster.add("if!b")
+    assert sole() == ""
+    roster.remove("if!a")
+    assert sole() == "b"
+    roster.add("if!a")
+    roster.remove("if!b")
+    assert sole() == "a"
+    assert roster.find("if!a") is not origin or not origin.removed
+    origin = roster.find("if!a")
+
+    roster.fails(origin, V4, NO_ROUTE)
+    assert sole() == ""
+    roster.works(origin, V4, "somewhere")
+    assert sole() == "a"
+    roster.shun(origin, HOST, NO_ROUTE, banned=True)
+    assert sole() == ""
+    roster.accept(origin, HOST)
+    assert sole() == "a"
+
+    table = InterfaceTable()
+    roster.links_changed(table, borrow=False)
+    assert sole() == ""
+    table.apply(link(1, "a"))
+    table.apply(has(1, "192.0.2.1"))
+    roster.links_changed(table, borrow=False)
+    assert sole() == ""  # one connection tries it first
+    roster.works(origin, V4, "somewhere")
+    assert sole() == "a"
+
+
+@pytest.mark.parametrize(("limits", "at_once"), [({}, True), ({"connections": 3}, False), ({"rate": 9.0}, False)])
+def test_the_first_of_a_route(limits: dict[str, Any], *, at_once: bool) -> None:
+    case = Case("ab")
+    route = Route(case.roster, Limits(**limits), HOST, TOWARDS, None)
+    turn = route.first()
+    assert (turn is not None) is at_once
+    assert route.first() is None  # only the first one
+    assert (case["a"].connecting, case["b"].connecting) == (int(at_once), 0)
+    route.close()
 
 
 # ── the policy ──

@@ -19,13 +19,15 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 import trustme
 import uvloop
+from opened import connect, open_bound
 from sandbox import Sandbox
 
 from aiobind import Address, BindError, BoundSource, _sockets, bound_source
-from aiobind._binding import Binding, Target
+from aiobind._binding import Binding, Link, Target
 from aiobind._platform import platform
 from aiobind._ports import LocalPorts
-from aiobind._sockets import BoundSocket, _is_uvloop, _open, connect, open_bound
+from aiobind._sockets import BoundSocket, Opening, _open
+from aiobind._wait import is_uvloop
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -151,7 +153,7 @@ def test_collection_is_an_end_with_a_warning(connection: Connection) -> None:
 
 
 def test_collection_of_a_cycle_is_an_end(connection: Connection) -> None:
-    connection.sock.itself = connection.sock  # type: ignore[attr-defined]
+    connection.sock.user = lambda sock=connection.sock: sock  # type: ignore[misc,assignment]  # a cycle
     del connection.sock
     assert connection.ends == 0
     with pytest.warns(ResourceWarning, match="unclosed"):
@@ -218,7 +220,7 @@ def test_a_number_that_is_another_connections_by_now(connection: Connection, lis
     other.sock = BoundSocket(fileno=os.dup2(old_number, connection.fd, inheritable=False))
     os.close(old_number)
     other.register()
-    connection.sock._end(connection.fd)
+    connection.sock._end(connection.fd, None)
     assert (connection.ends, other.ends) == (1, 1)
     assert bound_source(other.sock) == other.bound
     assert _open == {connection.fd: other.bound}
@@ -565,6 +567,96 @@ def test_an_address_that_goes_meanwhile_is_passed_over(lab: Lab) -> None:
         assert str(sock.local) == sock.getsockname()[0] == "198.18.1.7"
 
 
+# --- once more ----------------------------------------------------------------------------------------------
+
+
+def state(sock: BoundSocket) -> dict[str, Any]:
+    """Return all that one can tell from a socket that has not connected."""
+    options = {
+        "device": device(sock),
+        "range": sock.getsockopt(socket.SOL_IP, 51),  # IP_LOCAL_PORT_RANGE
+        "no port": sock.getsockopt(socket.SOL_IP, 24),  # IP_BIND_ADDRESS_NO_PORT
+        "freebind": sock.getsockopt(socket.SOL_IP, 15),
+        "keepalive": sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE),
+        "reuse": sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR),
+    }
+    names = ("family", "type", "proto", "local", "promised", "interface", "ifindex", "claimed", "bound", "target")
+    known = {name: getattr(sock, name) for name in names}
+    return options | known | {"name": sock.getsockname(), "blocks": sock.getblocking(), "timeout": sock.gettimeout()}
+
+
+def plain(device: str | None, *local: str, owner: bool = True, freebind: bool = False) -> Binding:
+    link = Link(socket.if_nametoindex(device), device) if device and owner else None
+    return Binding(device, tuple(map(ip_address, local)), freebind, link)
+
+
+@pytest.mark.parametrize(
+    ("device", "local", "host", "more", "short"),
+    [
+        ("n1", ["198.18.1.2"], "203.0.113.80", {}, True),
+        ("n1", ["2001:db8:1::2"], "2001:db8:ffff::80", {}, True),
+        (None, ["198.18.1.2"], "203.0.113.80", {}, True),
+        (None, ["2001:db8:1::2"], "2001:db8:ffff::80", {}, True),
+        ("n1", ["198.18.1.2", "198.18.1.7"], "203.0.113.80", {}, False),
+        ("n1", [], "203.0.113.80", {}, False),
+        ("n1", ["198.18.1.2"], "203.0.113.80", {"owner": False}, False),
+        (None, ["192.0.2.7"], "203.0.113.80", {"freebind": True}, False),
+        ("n1", ["198.18.1.2"], "203.0.113.80", {"options": [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]}, False),
+        ("n1", ["198.18.1.2"], "203.0.113.80", {"ports": LocalPorts(range(40000, 40100))}, False),
+    ],
+)
+def test_to_repeat_is_to_open_once_more(
+    lab: Lab, device: str | None, local: list[str], host: str, more: dict[str, Any], *, short: bool
+) -> None:
+    lab.near.ip(*SECOND)
+    binding = plain(device, *local, owner=more.pop("owner", True), freebind=more.pop("freebind", False))
+    opening = Opening(binding, Target.of(ip_address(host), 80), **more)
+    opening.open().close()  # as the first one always is
+    opening.repeat().close()
+    assert (opening._recipe is not None) is short
+    with opening.open() as first, opening.repeat() as second, opening.repeat() as third:
+        assert state(first) == state(second) == state(third)
+    gc.collect()
+
+
+@pytest.mark.parametrize(
+    ("change", "number"),
+    [
+        ("addr del 198.18.1.2/24 dev n1", errno.EADDRNOTAVAIL),
+        ("link del n1", errno.EADDRNOTAVAIL),  # SO_BINDTOIFINDEX takes any number
+    ],
+)
+def test_what_refuses_to_be_repeated_is_said_as_for_the_first(lab: Lab, change: str, number: int) -> None:
+    opening = Opening(plain("n1", "198.18.1.2"), Target.of(ip_address("203.0.113.80"), 80))
+    opening.repeat().close()
+    lab.near.ip(change)
+    before = fds()
+    texts = set()
+    for make in (opening.repeat, opening.open):
+        with pytest.raises(BindError) as caught:
+            make()
+        assert caught.value.errno == number
+        texts.add(str(caught.value))
+        del caught
+    assert len(texts) == 1
+    assert fds() == before
+
+
+def test_a_repeated_socket_takes_no_port_of_the_other_kind(lab: Lab) -> None:
+    """One that is pinned and one that is not share no port: the second one reserves its own, by the long way."""
+    target = Target.of(ip_address("203.0.113.80"), 80)
+    pinned = Opening(plain("n1", "198.18.1.2"), target)
+    other = Opening(plain(None, "198.18.1.2"), target)
+    with pinned.repeat() as first:
+        with other.repeat() as second:
+            assert (first.getsockname()[1] == 0) is True
+            assert second.getsockname()[1] > 0
+        with pinned.repeat() as third:
+            assert third.getsockname()[1] == 0
+    with other.repeat() as fourth:
+        assert fourth.getsockname()[1] == 0
+
+
 # --- which port ---------------------------------------------------------------------------------------------
 
 
@@ -873,7 +965,7 @@ class DerivedLoop(uvloop.Loop):
 def test_uvloop_is_recognised() -> None:
     for kind, expected in ((uvloop.Loop, True), (DerivedLoop, True), (asyncio.SelectorEventLoop, False)):
         loop = kind()
-        assert _is_uvloop(loop) is expected
+        assert is_uvloop(loop) is expected
         loop.close()
 
 

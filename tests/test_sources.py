@@ -768,4 +768,4 @@ def test_advice_is_quick(head, body):
 
 
 def test_public_names():
-    assert set(_sources.__all__) == {"Address", "Host", "Interface", "Prefix", "Source", "parse_source"}
+    assert set(_sources.__all__) == {"Address", "Host", "Interface", "Prefix", "Source", "is_fixed", "parse_source"}

@@ -6,6 +6,8 @@ import errno
 import socket
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
+from aiobind._binding import zoneless
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -22,13 +24,13 @@ def sockaddr(ip: IPAddress, port: int = 0) -> tuple[str, int] | tuple[str, int, 
     """
     zone = ip.scope_id if ip.version == 6 else None
     if zone is None:
-        return str(ip), port
+        return zoneless(ip), port
     try:
         index = socket.if_nametoindex(zone)
     except OSError as error:  # it carries no errno
         raise OSError(errno.ENODEV, f"no interface named {zone!r}") from error
     # Python drops the zone of a text address in bind(): only the 4-tuple carries it.
-    return str(ip).partition("%")[0], port, 0, index
+    return zoneless(ip), port, 0, index
 
 
 class LinkSeen(NamedTuple):
@@ -88,6 +90,9 @@ Record: TypeAlias = LinkSeen | LinkGone | AddressSeen | AddressGone | ListEnd
 class Feed(Protocol):
     """What the system tells of its interfaces: a stream of records, read without ever blocking."""
 
+    #: whether the descriptor is readable before the call that makes a change returns
+    announces: bool
+
     def fileno(self) -> int:
         """Return the descriptor that becomes readable when there is something to read."""
         ...
@@ -124,11 +129,11 @@ class Platform(Protocol):
     socket_flags: int
 
     def prepare(self, sock: socket.socket) -> None:
-        """Set on a new *sock* what every connection is better for; the caller's own options come after it."""
+        """Have connect(2) choose the port of *sock* from all that there are; the caller's own options come after it."""
         ...
 
-    def pin(self, sock: socket.socket, device: str) -> None:
-        """Let every packet of *sock* leave by *device*, or raise OSError."""
+    def pin(self, sock: socket.socket, device: str, ifindex: int = 0) -> None:
+        """Let every packet of *sock* leave by *device*, whose index that is where it is known; or raise OSError."""
         ...
 
     def bind(self, sock: socket.socket, ip: IPAddress, port: int | None, *, freebind: bool = False) -> None:
@@ -140,6 +145,14 @@ class Platform(Protocol):
             port: None leaves the port to connect(2), which shares it among destinations where the system can; 0
                 reserves one now, for this socket alone.
             freebind: no interface needs to hold *ip*.
+        """
+        ...
+
+    def recipe(self, ifindex: int) -> tuple[tuple[int, int, int], ...] | None:
+        """Return the options that `prepare`, `pin` by *ifindex* (0: none) and `bind` without a port set.
+
+        None: they do not set the same each time. Whoever sets them by himself does all of it by the methods if the
+        system refuses one.
         """
         ...
 
@@ -167,21 +180,18 @@ class Platform(Protocol):
         """
         ...
 
-    def traffic(self, sock: socket.socket) -> tuple[int, int, bool] | None:
+    def traffic(self, sock: socket.socket) -> tuple[int, int, bool, bool] | None:
         """Return what a connection has carried; None when nobody can tell, or there is none.
 
         Returns:
-            The bytes of payload that the peer has acknowledged; those that have come from it; and whether to close it
-            now leaves its local port in TIME_WAIT here, which is so where the peer has not closed first.
+            The bytes of payload that the peer has acknowledged; those that have come from it; whether to close it now
+            leaves its local port in TIME_WAIT here, which is so where the peer has not closed first; and whether there
+            are bytes that the peer has not acknowledged, and that the system goes on to send then.
         """
         ...
 
     def port_count(self) -> int:
         """Return how many local ports connect(2) has to choose from, for each source address and destination."""
-        ...
-
-    def unsent(self, sock: socket.socket) -> bool:
-        """Return whether *sock* holds bytes that its peer has not acknowledged; False when nobody can tell."""
         ...
 
     def keeps_to(self, ports: range) -> bool:

@@ -29,7 +29,7 @@ class Fallback:
     def prepare(self, sock: socket.socket) -> None:
         """Do nothing."""
 
-    def pin(self, sock: socket.socket, device: str) -> None:
+    def pin(self, sock: socket.socket, device: str, ifindex: int = 0) -> None:
         """Refuse."""
         self._refuse("pinning a connection to an interface")
 
@@ -38,6 +38,10 @@ class Fallback:
         if freebind:
             self._refuse("a net! source")
         sock.bind(sockaddr(ip, port or 0))
+
+    def recipe(self, ifindex: int) -> tuple[tuple[int, int, int], ...] | None:
+        """Return None: sockets are made step by step."""
+        return None
 
     def has_address(self, version: int) -> bool:
         """Return True: nobody can tell."""
@@ -60,17 +64,13 @@ class Fallback:
         with suppress(OSError):  # it has ended by itself
             sock.shutdown(socket.SHUT_RDWR)
 
-    def traffic(self, sock: socket.socket) -> tuple[int, int, bool] | None:
+    def traffic(self, sock: socket.socket) -> tuple[int, int, bool, bool] | None:
         """Return None: nobody can tell."""
         return None
 
     def port_count(self) -> int:
         """Return the size of the range that IANA names dynamic (RFC 6335 section 6), 49152 to 65535."""
         return 16384
-
-    def unsent(self, sock: socket.socket) -> bool:
-        """Return False: nobody can tell."""
-        return False
 
     def keeps_to(self, ports: range) -> bool:
         """Return False: no option here keeps connect(2) to a range."""

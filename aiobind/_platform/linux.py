@@ -34,24 +34,28 @@ __all__ = ["Linux"]
 
 # Numbers of the kernel's UAPI headers; the socket module lacks some of them in Python 3.11.
 SO_BINDTODEVICE = 25
+SO_BINDTOIFINDEX = 62  # Linux 5.0
 IP_FREEBIND = 15
 IPV6_FREEBIND = 78
 IP_BIND_ADDRESS_NO_PORT = 24  # Linux 4.2
 IP_LOCAL_PORT_RANGE = 51  # Linux 6.3
-_SIOCOUTQ, _SIOCGIFCONF = 0x5411, 0x8912
+_SIOCGIFCONF = 0x8912
 _IFCONF = struct.Struct("@iP")  # struct ifconf of linux/if.h
-# struct tcp_info of linux/tcp.h: tcpi_segs_out; and tcpi_state, tcpi_bytes_acked, _received, _sent and _retrans
+# struct tcp_info of linux/tcp.h: tcpi_segs_out; and tcpi_state, tcpi_unacked, tcpi_bytes_acked, _received,
+# tcpi_notsent_bytes, tcpi_bytes_sent and _retrans
 _SEGS_OUT = struct.Struct("=136xI")
-_TRAFFIC, _TRAFFIC_OLD = struct.Struct("=B119xQQ64xQQ"), struct.Struct("=B119xQQ")  # Linux 4.19, 4.1
+_TRAFFIC = struct.Struct("=B23xI92xQQ8xI52xQQ")  # Linux 4.19
+_TRAFFIC_OLD = struct.Struct("=B23xI92xQQ8xI")  # Linux 4.6
 _ESTABLISHED, _FIN_WAIT1, _FIN_WAIT2, _TIME_WAIT, _CLOSE, _CLOSE_WAIT, _LAST_ACK, _CLOSING = 1, 4, 5, 6, 7, 8, 9, 11
 _CLOSES_FIRST = (_ESTABLISHED, _FIN_WAIT1, _FIN_WAIT2, _CLOSING)
+_UNUSED = (0, 0, True, False)  # what `Linux.traffic` says of a connection that nobody has used
+_SENDS_ON = (_ESTABLISHED, _CLOSE_WAIT, _FIN_WAIT1, _CLOSING, _LAST_ACK)
 _PEER_CLOSED = (_CLOSE_WAIT, _LAST_ACK, _CLOSING, _TIME_WAIT)
 
 #: The widest range; the kernel narrows it to net.ipv4.ip_local_port_range. With a range set it takes ports of both
 #: parities from the start. Without one it looks for even ports only (odd ones are for bind), so that past half of the
 #: range towards one destination each connect scans the whole half: 39 µs became 650 to 5,931 (Linux 6.18).
 _ALL_PORTS = range(1, 65536)
-
 
 #: How a system says that netlink is not for this process.
 _REFUSED = (errno.EPERM, errno.EACCES, errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT)
@@ -66,14 +70,31 @@ class Linux:
 
     def __init__(self) -> None:
         self._has_port_range = True
+        self._has_bind_to_index: bool | None = None
+        self._all_ports = _port_range(_ALL_PORTS)
         self._netlink_is_missed = False
 
-    def pin(self, sock: socket.socket, device: str) -> None:
+    def pin(self, sock: socket.socket, device: str, ifindex: int = 0) -> None:
         """Set SO_BINDTODEVICE, which needs no privilege on a socket that has none yet (since Linux 5.7).
+
+        With the index of the device it is SO_BINDTOIFINDEX, which means the same; Python takes 2 µs for an option of
+        bytes, and a tenth of that for a number. Not every system that takes it heeds it (gVisor takes any option of
+        this level), so it is read back the first time.
 
         Raises:
             OSError: ENODEV (no such interface), EPERM (an older kernel and no CAP_NET_RAW).
         """
+        if ifindex and self._has_bind_to_index is not False:
+            try:
+                sock.setsockopt(socket.SOL_SOCKET, SO_BINDTOIFINDEX, ifindex)
+                if self._has_bind_to_index is None:
+                    self._has_bind_to_index = sock.getsockopt(socket.SOL_SOCKET, SO_BINDTOIFINDEX) == ifindex
+            except OSError as error:
+                if error.errno != errno.ENOPROTOOPT:
+                    raise
+                self._has_bind_to_index = False
+            if self._has_bind_to_index:
+                return
         sock.setsockopt(socket.SOL_SOCKET, SO_BINDTODEVICE, os.fsencode(device) + b"\0")
 
     def bind(self, sock: socket.socket, ip: IPAddress, port: int | None, *, freebind: bool = False) -> None:
@@ -98,6 +119,17 @@ class Linux:
                 if error.errno not in (errno.ENOPROTOOPT, errno.EOPNOTSUPP):
                     raise
         sock.bind(sockaddr(ip, port or 0))
+
+    def recipe(self, ifindex: int) -> tuple[tuple[int, int, int], ...] | None:
+        """Return the options of a connection whose kernel has them all (Linux 6.3)."""
+        if not self._has_port_range or (ifindex and not self._has_bind_to_index):
+            return None
+        pin = ((socket.SOL_SOCKET, SO_BINDTOIFINDEX, ifindex),) if ifindex else ()
+        return (
+            (socket.SOL_IP, IP_LOCAL_PORT_RANGE, self._all_ports),
+            *pin,
+            (socket.SOL_IP, IP_BIND_ADDRESS_NO_PORT, 1),
+        )
 
     def feed(self) -> Netlink | Polled:
         """Open a netlink socket for links and addresses, which needs no privilege, or look each second.
@@ -124,13 +156,16 @@ class Linux:
 
     def prepare(self, sock: socket.socket) -> None:
         """Let connect(2) take any ephemeral port (IP_LOCAL_PORT_RANGE), at a cost that does not grow with their use."""
-        self.limit(sock, _ALL_PORTS)
+        self._limit(sock, self._all_ports)
 
     def limit(self, sock: socket.socket, ports: range) -> None:
         """Set IP_LOCAL_PORT_RANGE, where the kernel has it; outside of the automatic range it would have no effect."""
+        self._limit(sock, _port_range(ports))
+
+    def _limit(self, sock: socket.socket, first_and_last: int) -> None:
         if self._has_port_range:
             try:
-                sock.setsockopt(socket.SOL_IP, IP_LOCAL_PORT_RANGE, _U32.pack(ports[-1] << 16 | ports[0]))
+                sock.setsockopt(socket.SOL_IP, IP_LOCAL_PORT_RANGE, first_and_last)
             except OSError as error:
                 # EOPNOTSUPP is the answer of this protocol alone (MPTCP, before it learned the option).
                 if error.errno not in (errno.ENOPROTOOPT, errno.EOPNOTSUPP):
@@ -174,29 +209,34 @@ class Linux:
             with suppress(OSError):  # it is closed, or a sandbox forbids to connect
                 sock.shutdown(socket.SHUT_RDWR)
 
-    def traffic(self, sock: socket.socket) -> tuple[int, int, bool] | None:
+    def traffic(self, sock: socket.socket) -> tuple[int, int, bool, bool] | None:
         """Ask TCP_INFO (tcp(7)) of an outgoing connection once: 1 µs.
 
         tcpi_bytes_acked counts the SYN (not that of one that was accepted) and the FIN, and tcpi_bytes_sent less
         tcpi_bytes_retrans what was sent into the void as well: the lesser of the two is exact. tcpi_bytes_received
-        counts the FIN. All measured on Linux 6.18. A close with bytes unread, or SO_LINGER of 0, sends RST, and leaves
-        no TIME_WAIT whatever is said.
+        counts the FIN. tcpi_unacked counts segments, the SYN of a connection that was refused as well. All measured on
+        Linux 6.18. A close with bytes unread, or SO_LINGER of 0, sends RST, and leaves no TIME_WAIT whatever is said.
         """
         try:
             info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TRAFFIC.size)
         except OSError:  # no TCP socket, or closed
             return None
         if len(info) == _TRAFFIC.size:
-            state, acked, received, sent, again = _TRAFFIC.unpack(info)
+            state, unacked, acked, received, unsent, sent, again = _TRAFFIC.unpack(info)
+            if state == _ESTABLISHED and not (sent or received or unsent):
+                return _UNUSED
             payload = sent - again
         elif len(info) >= _TRAFFIC_OLD.size:
-            state, acked, received = _TRAFFIC_OLD.unpack_from(info)
+            state, unacked, acked, received, unsent = _TRAFFIC_OLD.unpack_from(info)
             payload = acked - 1
         else:
             return None
+        acked -= 1
         # The state after a FIN from both sides is that after a RST as well; but then ours was not acknowledged.
-        peer_closed = state in _PEER_CLOSED or (state == _CLOSE and acked - 1 > payload)
-        return max(0, min(acked - 1, payload)), max(0, received - peer_closed), state in _CLOSES_FIRST
+        if received and (state in _PEER_CLOSED or (state == _CLOSE and acked > payload)):
+            received -= 1
+        left = bool(unacked or unsent) and state in _SENDS_ON
+        return max(0, min(acked, payload)), received, state in _CLOSES_FIRST, left
 
     def routed_here(self, ip: IPAddress) -> bool | None:
         """Ask for the route to *ip* (rtnetlink(7)): 16 µs. It must be a local one, in a table that packets go by.
@@ -216,14 +256,6 @@ class Linux:
             return None if _routed_by_rule(family, int.from_bytes(host), bits) else False
         except OSError:  # no netlink here
             return None
-
-    def unsent(self, sock: socket.socket) -> bool:
-        """Return whether SIOCOUTQ (tcp(7)) counts any bytes, and there is a connection to send them by."""
-        try:
-            # It counts the SYN of a connection that was refused.
-            return fcntl.ioctl(sock.fileno(), _SIOCOUTQ, bytes(4)) != bytes(4) and bool(sock.getpeername())
-        except (OSError, ValueError):  # closed already
-            return False
 
     def keeps_to(self, ports: range) -> bool:
         """Return whether *ports* lie in the automatic range, and none of them is reserved (ip-sysctl).
@@ -256,6 +288,12 @@ class Linux:
         # The kernel writes the spans apart and in order (proc_do_large_bitmap).
         cut = sum(len(range(max(span[0], automatic[0]), min(span[-1], automatic[-1]) + 1)) for span in reserved)
         return len(automatic) - cut
+
+
+def _port_range(ports: range) -> int:
+    """Return what IP_LOCAL_PORT_RANGE takes, as the signed number of the same bits."""
+    number: int = _I32.unpack(_U32.pack(ports[-1] << 16 | ports[0]))[0]
+    return number
 
 
 @functools.cache
@@ -312,7 +350,7 @@ _LINK = struct.Struct("=BxHiII")  # ifinfomsg: family, type, index, flags, chang
 _ADDRESS = struct.Struct("=BBBBI")  # ifaddrmsg: family, prefix length, flags, scope, index
 _ROUTE = struct.Struct("=BBBBBBBBI")  # rtmsg
 _NEIGHBOUR = struct.Struct("=B3xiHBB")  # ndmsg: family, index, state, flags, type
-_U32 = struct.Struct("=I")
+_U32, _I32 = struct.Struct("=I"), struct.Struct("=i")
 _MEMINFO = struct.Struct("=I28xI")  # of nine numbers the first, SK_MEMINFO_RMEM_ALLOC, and the last, SK_MEMINFO_DROPS
 
 #: A list comes in pieces of at most this size: about 200 addresses, which take a millisecond.
@@ -325,6 +363,8 @@ class Netlink:
     The answer to a list and the news come through the one queue of this socket, in the order in which they happened:
     applying them one after the other gives the present state.
     """
+
+    announces = True
 
     def __init__(self) -> None:
         self._socket = socket.socket(

@@ -62,6 +62,8 @@ class Polled:
         ttl: for so many seconds a look holds.
     """
 
+    announces = False
+
     def __init__(self, ttl: float = 1.0) -> None:
         self._ttl = ttl
         self._fresh_until = 0.0
