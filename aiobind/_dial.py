@@ -647,9 +647,8 @@ class Dialer:
         owner = None if isinstance(decision, Refusal) or decision.owner is None else decision.owner.index
         if isinstance(decision, Refusal) or owner != (sock.ifindex or None):
             return False
-        if decision.local and sock.local not in decision.local:
-            return False
-        return self._planner.stands(sock)
+        # For an address alone its guard has spoken already.
+        return not decision.local or sock.local in decision.local
 
     def _failed(self, origin: Origin, host: str, opening: Opening, error: OSError, began: float) -> None:
         """Count an attempt that has failed."""

@@ -1705,3 +1705,46 @@ async def test_a_request_moves_on_from_a_nic_that_is_down(lab: Lab, witness: Wit
         witness.packets()
         assert {await get(client, url) for _ in range(4)} == {"198.18.2.2"}
         assert {packet.nic for packet in witness.packets() if packet.syn} == {"n2"}
+
+
+# --- the only source, while a request looks up its name -------------------------------------------------------
+
+
+class Held(Names):
+    """It answers when it is let go."""
+
+    def __init__(self, **hosts: list[str]) -> None:
+        super().__init__(**hosts)
+        self.go = asyncio.Event()
+
+    async def resolve(self, host: str, port: int = 0, family: int = socket.AF_INET) -> Any:
+        answer = await super().resolve(host, port, family)
+        await self.go.wait()
+        return answer
+
+
+async def test_a_request_is_not_refused_because_of_what_another_one_has_met_with(lab: Lab) -> None:
+    names = Held(slow_test=[lab.target_v4])
+    async with far_servers(lab), session("198.18.1.9", resolver=names) as client:
+        slow = asyncio.ensure_future(get(client, "http://slow.test/"))
+        await until(lambda: names.asked)
+        error = await failure(client, f"http://{lab.target_v4}/")
+        assert isinstance(error, aiohttp.ClientConnectorError)
+        assert error.errno == errno.EADDRNOTAVAIL  # from now on it is suspended
+        assert connector_of(client).stats()[0].suspended_until is not None
+        lab.near.ip("addr add 198.18.1.9/24 dev n1")
+        names.go.set()
+        assert await slow == "198.18.1.9"
+        assert connector_of(client).stats()[0].suspended_until is None
+
+
+async def test_the_only_source_is_exchanged_while_a_request_looks_up_its_name(server: Server) -> None:
+    names = Held(slow_test=[HERE])
+    async with session(A, resolver=names) as client:
+        assert await get(client, server.url()) == A
+        slow = asyncio.ensure_future(get(client, server.url(host="slow.test")))
+        await until(lambda: names.asked)
+        connector_of(client).add(B)
+        connector_of(client).remove(A, drain=False)
+        names.go.set()
+        assert await slow == B

@@ -1294,6 +1294,60 @@ async def test_the_figures_are_the_same_by_the_short_way(port: int, make_silent:
         ]
 
 
+def interpose(connector: aiobind.Connector, after: Callable[[], object]) -> None:
+    """Do something right after the next connect has ended, before whoever waits for it goes on."""
+    dialer = connector._dialer
+    way = dialer._way
+    assert way is not None
+
+    async def interposed(sock: socket.socket, address: Any) -> None:
+        dialer._way = way
+        await way(sock, address)
+        after()
+
+    dialer._way = interposed
+
+
+@pytest.mark.parametrize("times", [1, 3], ids=["first", "repeated"])
+@pytest.mark.parametrize("name", ["127.0.0.1", "localhost"])
+async def test_the_only_source_is_exchanged_while_it_connects(port: int, times: int, name: str) -> None:
+    """Whoever waits goes on with the new one, as with the next one of several."""
+    async with aiobind.Connector("127.0.0.2") as connector:
+        assert await addresses(connector, port, times) == ["2"] * times
+
+        def exchange() -> None:
+            connector.add("127.0.0.3")
+            connector.remove("127.0.0.2", drain=False)
+
+        interpose(connector, exchange)
+        assert await addresses(connector, port, 2, name) == ["3"] * 2
+
+
+async def test_who_connects_while_it_is_closed_opens_no_watch_anew(port: int) -> None:
+    connector = aiobind.Connector("if!lo")
+    assert await addresses(connector, port, 3) == ["1"] * 3
+    assert netlink_sockets() == 1
+    interpose(connector, connector._dialer.close)
+    (await connector.connect(HOST, port)).close()
+    await settled(lambda: netlink_sockets() == 0)  # though the connector is still there
+
+
+async def test_no_other_source_is_tried_once_it_is_closed(lab: Lab) -> None:
+    with lab.far:
+        server = socket.create_server(("", 80))
+    connector = aiobind.Connector("if!n1", "if!n2", policy=InOrder())
+    with server:
+        (await connector.connect(lab.target_v4, 80)).close()
+
+        def close() -> None:
+            connector._dialer.close()
+            lab.near.ip("link set n1 down")
+
+        interpose(connector, close)
+        with pytest.raises(RuntimeError, match="the connector is closed"):
+            await connector.connect(lab.target_v4, 80)
+
+
 async def test_what_is_learned_between_two_connects_counts_at_once(port: int) -> None:
     async with aiobind.Connector("127.0.0.2") as connector:
         assert await addresses(connector, port, 3) == ["2"] * 3

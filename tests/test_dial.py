@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -533,6 +534,143 @@ async def test_news_that_say_nothing_of_it_leave_a_repeated_connect_alone(lab: L
         assert not attempt.done()
         lab.far.ip("route del blackhole 198.18.1.2/32")  # the next SYN is answered, after a second
         (await attempt).close()
+
+
+@pytest.mark.parametrize("then", ["waits", "connects"])
+async def test_a_way_whose_first_attempt_was_refused_is_guarded_like_any_other(
+    lab: Lab, far: list[socket.socket], then: str
+) -> None:
+    """Nothing has told yet whether what it is bound to is there."""
+    async with aiobind.Connector("if!n1", abort_on_link_down=True) as connector, asyncio.timeout(5):
+        with pytest.raises(aiobind.ConnectError) as refused:
+            await connector.connect(V4, 81)
+        assert refused.value.errno == errno.ECONNREFUSED
+        with lab.far:
+            later = socket.create_server(("", 81))
+        with later:
+            sock = await connector.connect(V4, 81) if then == "connects" else None
+            lab.far.ip("route add blackhole 198.18.1.2/32")
+            attempt = asyncio.ensure_future(connector.connect(V4, 81))
+            await asyncio.sleep(0.05)
+            assert not attempt.done()
+            lab.near.ip("link set n1 down")
+            with pytest.raises(aiobind.BindError, match="n1 is down"):
+                await attempt
+            if sock is not None:
+                with sock, pytest.raises(ConnectionResetError):
+                    sock.send(b"x")
+
+
+def interpose(connector: aiobind.Connector, after: Callable[[], object], *, times: int = 1) -> list[int]:
+    """Do something right after a connect has ended, before whoever waits for it goes on; return their local ports."""
+    dialer, ports = connector._dialer, list[int]()
+    way = dialer._way
+    assert way is not None
+
+    async def interposed(sock: socket.socket, address: Any) -> None:
+        try:
+            await way(sock, address)
+        finally:
+            ports.append(sock.getsockname()[1])
+            if len(ports) <= times:
+                after()
+
+    dialer._way = interposed
+    return ports
+
+
+@pytest.mark.parametrize("host", [V4, "198.18.1.1"], ids=["repeated", "first"])
+@pytest.mark.parametrize("back", [False, True])
+async def test_an_address_that_goes_as_a_connect_ends(
+    lab: Lab, far: list[socket.socket], host: str, *, back: bool
+) -> None:
+    """Though the connect has ended well: the guard has shut the socket down, which nobody is to get."""
+    async with aiobind.Connector("198.18.1.2") as connector:
+        await warm(connector)
+        watch = connector._dialer._planner.watching()
+
+        def goes() -> None:
+            lab.near.ip("addr add 198.18.1.7/32 dev n1", "addr del 198.18.1.2/24 dev n1")
+            watch.on_readable()
+            if back:
+                lab.near.ip("addr add 198.18.1.2/24 dev n1")
+                watch.on_readable()
+
+        interpose(connector, goes)
+        if host == V4 and back:
+            with await connector.connect(host, 80) as sock:
+                assert sock.send(b"x") == 1
+        else:
+            with pytest.raises(aiobind.BindError) as caught:
+                await connector.connect(host, 80)
+            assert caught.value.errno == errno.EADDRNOTAVAIL
+
+
+@pytest.mark.parametrize("busy", [False, True])
+async def test_what_changes_between_the_attempts_of_a_repeated_race(
+    lab: Lab, far: list[socket.socket], witness: Witness, resolv_conf: Callable[..., None], *, busy: bool
+) -> None:
+    """The second one goes by what is true in the moment before its own SYN, also when nobody has read of it yet."""
+    other = "203.0.113.81"
+    lab.add_target(other)
+    resolv_conf("", hosts=f"{other} two.test\n{V4} two.test\n")
+    async with aiobind.Connector("if!n1", happy_eyeballs_delay=0.1) as connector, asyncio.timeout(5):
+        for host in (V4, other, "two.test"):
+            await warm(connector, host)
+        lab.far.ip(f"addr del {other}/32 dev lo", f"route add blackhole {other}/32")
+        witness.packets()
+        attempt = asyncio.ensure_future(connector.connect("two.test", 80))
+        await asyncio.sleep(0.02)
+        assert {packet.destination for packet in witness.packets()} == {other}
+        lab.near.ip("addr add 198.18.1.7/32 dev n1", "addr del 198.18.1.2/24 dev n1", "addr add 198.18.1.2/24 dev n2")
+        until = time.monotonic() + 0.15
+        while busy and time.monotonic() < until:  # the loop is kept from reading until the second one is due
+            pass
+        with await attempt as sock:
+            assert aiobind.bound_source(sock)[1:3] == ("n1", "198.18.1.7")
+        syns = {(packet.nic, packet.source) for packet in witness.packets() if packet.syn and packet.destination == V4}
+        assert syns == {("n1", "198.18.1.7")}
+
+
+@pytest.mark.parametrize("source", ["if!n1", "198.18.1.2", "127.0.0.2"])
+@pytest.mark.parametrize("closed", [False, True])
+async def test_a_connection_counts_whatever_else_has_changed_meanwhile(
+    lab: Lab, far: list[socket.socket], source: str, *, closed: bool
+) -> None:
+    """It is not made a second time, nor where no interface lists the address (127.0.0.2)."""
+    with socket.create_server(("127.0.0.1", 80)):
+        host = "127.0.0.1" if source == "127.0.0.2" else V4
+        async with aiobind.Connector(source) as connector:
+            await warm(connector, host)
+            watch = connector._dialer._planner.watching()
+
+            def changes() -> None:
+                if closed:
+                    connector._dialer.close()
+                lab.near.ip("addr add 192.0.2.9/32 dev n2")
+                watch.on_readable()
+
+            attempts = interpose(connector, changes)
+            with await connector.connect(host, 80) as sock:
+                assert attempts == [sock.getsockname()[1]]
+
+
+async def test_an_answer_counts_whatever_else_has_changed_meanwhile(lab: Lab, far: list[socket.socket]) -> None:
+    """The attempt was made as decided: it is not made again because of a NIC that has nothing to do with it."""
+    async with aiobind.Connector("if!n1") as connector:
+        await warm(connector)
+        far[0].close()
+
+        def changes() -> None:
+            lab.near.ip("addr add 192.0.2.9/32 dev n2")
+            connector._dialer._planner.watching().on_readable()
+
+        attempts = interpose(connector, changes)
+        with pytest.raises(aiobind.ConnectError) as caught:
+            await connector.connect(V4, 80)
+        assert caught.value.errno == errno.ECONNREFUSED
+        assert len(attempts) == 1
+        assert connector.stats()[0].failures == {"ECONNREFUSED": 1}
 
 
 async def test_a_neighbour_that_does_not_answer_any_more(lab: Lab, far: list[socket.socket]) -> None:

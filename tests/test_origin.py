@@ -333,6 +333,33 @@ def test_two_who_free_the_same_port_at_once(clock: Clock, peer: Peer) -> None:
     assert origin.ports_to(peer.target) == 1  # which the other one is about to free
 
 
+def test_no_port_is_freed_amid_the_counting_of_another(peer: Peer) -> None:
+    """Python lets other threads run at calls: between the asking and the counting there is none."""
+    origin, freed = an_origin(), 0
+
+    class Interrupted(dict[Target, int]):
+        def get(self, target: Target, default: Any = None) -> Any:
+            nonlocal freed
+            found = super().get(target, default)
+            if found:
+                freed += 1
+                origin._free(target)  # another thread, in that very moment
+            return found
+
+    origin.ports = Interrupted()
+    held = [peer.connect(origin) for _ in range(3)]
+    assert dict(origin.ports) == {peer.target: 3 - freed}
+    for sock in held:
+        sock.close()
+
+
+def test_the_last_port_is_freed_by_two_at_once(peer: Peer) -> None:
+    origin = an_origin()
+    for _ in range(2):
+        origin._free(peer.target)
+    assert origin.ports == {}
+
+
 # ── failures ──
 
 

@@ -71,6 +71,17 @@ N1, N1_6 = ("n1", ["198.18.1.2"], "n1"), ("n1", ["2001:db8:1::2"], "n1")
 UNAVAILABLE, UNREACHABLE, NO_DEVICE = ("EADDRNOTAVAIL",), ("ENETUNREACH",), ("ENODEV",)
 
 
+async def test_what_is_planned_after_close_keeps_nothing(lab: Lab) -> None:
+    """An attempt under way may look once more."""
+    planner = Planner(lookup=SystemLookup(0))
+    assert await plan(planner, "if!n1", WIDE) == [N1]
+    planner.close()
+    assert await plan(planner, "if!n1", WIDE) == [N1]
+    assert planner._watch is None
+    gc.collect()
+    await asyncio.sleep(0.001)  # the loop closes the watch
+
+
 # --- each kind of source ------------------------------------------------------------------------------------
 
 

@@ -690,6 +690,48 @@ def test_an_old_kernel_keeps_to_no_range_also_before_the_first_socket(monkeypatc
     assert not Linux().keeps_to(range(40000, 40100))
 
 
+class Heedless(socket.socket):
+    """A socket of a system that takes the pin by index, as it takes any option, and does nothing (gVisor)."""
+
+    asked_for = 0
+
+    def setsockopt(self, level: int, option: int, *value: Any) -> None:
+        if (level, option) == (socket.SOL_SOCKET, linux_module.SO_BINDTOIFINDEX):
+            self.asked_for += 1
+        else:
+            super().setsockopt(level, option, *value)
+
+
+class Lacking(Heedless):
+    """A socket of a kernel that has no pin by index (before Linux 5.0)."""
+
+    def setsockopt(self, level: int, option: int, *value: Any) -> None:
+        super().setsockopt(level, option, *value)
+        if (level, option) == (socket.SOL_SOCKET, linux_module.SO_BINDTOIFINDEX):
+            raise OSError(errno.ENOPROTOOPT, "old")
+
+
+@pytest.mark.parametrize("kind", [Heedless, Lacking])
+def test_a_pin_by_index_that_is_none_is_made_by_name(kind: type[Heedless]) -> None:
+    linux, index = Linux(), socket.if_nametoindex("lo")
+    for number in range(3):
+        with kind() as sock:
+            linux.pin(sock, "lo", index)
+            assert pinned_to(sock) == b"lo"
+            assert sock.asked_for == (number == 0)
+            assert linux.recipe(index) is None
+
+
+def test_a_pin_by_index_is_believed_once_it_is_seen(new_socket: Callable[..., socket.socket]) -> None:
+    linux, index = Linux(), socket.if_nametoindex("lo")
+    assert linux.recipe(index) is None
+    sock = new_socket()
+    linux.prepare(sock)
+    linux.pin(sock, "lo", index)
+    assert pinned_to(sock) == b"lo"
+    assert (linux.recipe(index) is None) is (not linux._has_port_range)
+
+
 @pytest.mark.parametrize("version", [4, 6])
 def test_whether_there_is_any_address(make_lab: Callable[[int], Lab], version: int) -> None:
     lab = make_lab(0)

@@ -13,6 +13,7 @@ from ipaddress import ip_address
 from itertools import count
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import anyio
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -387,6 +388,55 @@ def full() -> Iterator[socket.socket]:
         socket.create_connection(listener.getsockname()),
     ):
         yield listener
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("order", ["cancelled first", "overtaken first"])
+async def test_a_cancellation_is_its_callers_own_also_in_the_turn_of_an_overtaking(order: str) -> None:
+    """Structured concurrency knows its own cancellation by the very exception."""
+    won = Connected(1)
+
+    async def slow() -> Connected:
+        await asyncio.sleep(60)
+        raise AssertionError
+
+    async def quick() -> Connected:
+        await asyncio.sleep(0)
+        loop = asyncio.get_running_loop()
+        if order == "cancelled first":  # before the callbacks of this task
+            loop.call_soon(scope.cancel)
+        else:
+            loop.call_soon(loop.call_soon, scope.cancel)
+        return won
+
+    with anyio.CancelScope() as scope:
+        await race([slow, quick], 0.01)
+        await asyncio.sleep(1)
+    assert scope.cancelled_caught
+    task = asyncio.current_task()
+    assert task is not None
+    assert task.cancelling() == 0
+    if order == "cancelled first":
+        assert not won.open
+
+
+@pytest.mark.anyio
+async def test_the_message_of_a_cancellation_is_the_callers() -> None:
+    won = Connected(1)
+
+    async def slow() -> Connected:
+        await asyncio.sleep(60)
+        raise AssertionError
+
+    async def quick() -> Connected:
+        await asyncio.sleep(0)
+        asyncio.get_running_loop().call_soon(task.cancel, "mine")
+        return won
+
+    task = asyncio.ensure_future(race([slow, quick], 0.01))
+    with pytest.raises(asyncio.CancelledError, match="mine"):
+        await task
+    assert not won.open
 
 
 @pytest.mark.anyio

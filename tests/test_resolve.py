@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import weakref
+from functools import partial
 from ipaddress import ip_address
 from math import inf
 from pathlib import Path
@@ -476,6 +477,41 @@ async def test_a_thread_that_cannot_be_started_leaves_nothing_behind(
             await resolve("some.test")
     assert set(await resolve("some.test")) == found("192.0.2.1")  # while the traceback still holds everything
     assert caught.traceback
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0), (0, 1, 2), (2, 0, 1)], ids=str)
+@pytest.mark.parametrize("failure", [RuntimeError, MemoryError])
+def test_nobody_waits_behind_a_first_thread_that_cannot_be_started(
+    order: tuple[int, ...], failure: type[Exception]
+) -> None:
+    """Each caller, of which each loop's thread may be one, is told, or its job is done."""
+    threads, settled = _resolve._Threads(), set[int]()
+    entered, gates = threading.Semaphore(0), [threading.Event() for _ in order]
+
+    def start(job: Callable[[], None]) -> None:
+        entered.release()
+        gates[numbers[job]].wait(5)
+        raise failure("can't start new thread")
+
+    threads._start = start  # type: ignore[method-assign]
+    jobs = [partial(settled.add, number) for number in range(len(order))]
+    numbers = {job: number for number, job in enumerate(jobs)}
+
+    def call(job: Callable[[], None]) -> None:
+        try:
+            threads.run(job)
+        except failure:
+            settled.add(numbers[job])
+
+    callers = [threading.Thread(target=call, args=[job]) for job in jobs]
+    for caller in callers:
+        caller.start()
+        entered.acquire(timeout=0.2)  # or it is queued
+    for number in order:
+        gates[number].set()
+        callers[number].join(5)
+    assert settled == set(order)
+    assert not threads._jobs
 
 
 async def test_a_function_in_a_thread() -> None:
