@@ -114,7 +114,7 @@ class Origin:
         self.connects = 0
         #: attempts under way
         self.connecting = 0
-        #: connections that the pool, where there is one, has handed out
+        #: connections that the pool, where there is one, has handed out; counted there, and `changed` is told
         self.held = 0
         self.failures = 0
         self.errors: Counter[str] = Counter()
@@ -207,18 +207,6 @@ class Origin:
     def has_ended(self) -> None:
         """Count an attempt as ended, whatever came of it."""
         self.connecting -= 1
-        if self.on_change is not None:
-            self.changed()
-
-    def handed_out(self) -> None:
-        """Count a connection that the pool has handed out."""
-        self.held += 1
-        if self.on_change is not None:
-            self.changed()
-
-    def given_back(self) -> None:
-        """Count a connection that the pool has back."""
-        self.held -= 1
         if self.on_change is not None:
             self.changed()
 

@@ -310,6 +310,7 @@ class BoundTCPConnector(Sourced, aiohttp.TCPConnector):
             self._dialer.close()  # the policy is free again
             raise
         self._acquired_per_host = _PerHost(set)
+        self._no_limit_per_host = not self.limit_per_host
         handler = _UvloopHandler if is_uvloop(self._loop) else _Handler
         self._factory = cast("partial[ResponseHandler]", partial(handler, loop=self._loop))
         # Weakly: a forgotten connector is to be gone at once.
@@ -383,9 +384,9 @@ class BoundTCPConnector(Sourced, aiohttp.TCPConnector):
         if turn is None:
             route = self._route(req)
             turn = route.first()
-        if turn is not None and req.proxy is None and not self.limit_per_host:
+        if turn is not None and req.proxy is None and self._no_limit_per_host:
             # What nearly every request finds: a connection that lies idle, as the first thing aiohttp looks for.
-            key = cast("ConnectionKey", _SourcedKey(req.connection_key, turn.origin))
+            key: Any = _SourcedKey(req.connection_key, turn.origin)
             if key in self._conns:
                 try:
                     connection = await super()._get(key, traces)
@@ -395,7 +396,10 @@ class BoundTCPConnector(Sourced, aiohttp.TCPConnector):
                         route.close()
                     raise
                 if connection is not None:
-                    turn.origin.handed_out()
+                    origin = turn.origin
+                    origin.held += 1
+                    if origin.on_change is not None:
+                        origin.changed()
                     if route is not None:
                         route.keep(turn)  # `_release` gives it back
                         route.close()
@@ -460,7 +464,8 @@ class BoundTCPConnector(Sourced, aiohttp.TCPConnector):
             if route is not None:
                 route.leave(turn)
             raise
-        turn.origin.handed_out()
+        turn.origin.held += 1
+        turn.origin.changed()
         if route is not None:
             route.keep(turn)
         sock = cast("_Handler", connection.protocol).sock
@@ -488,11 +493,14 @@ class BoundTCPConnector(Sourced, aiohttp.TCPConnector):
         if not isinstance(key, _SourcedKey):  # the tunnel of a proxy, which is released under aiohttp's own key
             super()._release(key, protocol, should_close=should_close)
             return
-        origin, sock = key.origin, cast("_Handler", protocol).sock
+        origin = key.origin
+        sock: BoundSocket | None = protocol.sock  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
         if origin.removed or (sock is not None and sock.lost):  # though its transport may not know of that yet
             should_close = True
-        super()._release(cast("Any", key), protocol, should_close=should_close)
-        origin.given_back()
+        super()._release(key, protocol, should_close=should_close)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+        origin.held -= 1
+        if origin.on_change is not None:
+            origin.changed()
         if self._dialer.limits.limited:
             self._dialer.limits.release(origin, place_of(key.host_key.host))
 
