@@ -752,7 +752,8 @@ def test_the_system_calls_of_a_repeated_connect(
     subprocess.run(["strace", "-qq", "-o", trace, sys.executable, "-c", program], check=True, timeout=60)
     connects = re.split(r'.*"/next".*\n', trace.read_text())[1:-1]
     assert len(connects) == 30
-    calls = Counter(" ".join(re.findall(r"(?m)^(\w+)\(", text)) for text in connects)
+    # Python 3.11 asks for its own number whenever it is asked for the running loop.
+    calls = Counter(" ".join(re.findall(r"(?m)^(?!getpid)(\w+)\(", text)) for text in connects)
     expected = ["socket", *["setsockopt"] * options, "bind", "connect", *wait.split(), "getsockname"]
     # One of them may have been held up, so that the table was looked at once.
     assert calls.most_common(1)[0][0].split() == [*expected, "getsockopt", "close"]
