@@ -357,6 +357,15 @@ _MEMINFO = struct.Struct("=I28xI")  # of nine numbers the first, SK_MEMINFO_RMEM
 _PIECE = 16384
 
 
+class _Quiet(socket.socket):
+    """Closes itself without the ResourceWarning: an owner that forgot to close is no fault of the caller."""
+
+    __slots__ = ()
+
+    def __del__(self) -> None:
+        self.close()
+
+
 class Netlink:
     """A netlink socket, subscribed to links and addresses.
 
@@ -367,7 +376,7 @@ class Netlink:
     announces = True
 
     def __init__(self) -> None:
-        self._socket = socket.socket(
+        self._socket = _Quiet(
             socket.AF_NETLINK,
             socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC,
             socket.NETLINK_ROUTE,
@@ -433,10 +442,6 @@ class Netlink:
             while True:
                 self._socket.recv(1)
         self._listing = 0  # the list that was being told, if any, has been read to its end
-
-    def __del__(self) -> None:
-        with suppress(AttributeError):  # the system refused to give a socket
-            self.close()  # without the ResourceWarning: an owner that forgot to close is no fault of the caller
 
     def _request(self, kind: int, body: bytes) -> None:
         self._sequence += 1
