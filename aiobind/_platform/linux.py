@@ -363,7 +363,8 @@ class _Quiet(socket.socket):
     __slots__ = ()
 
     def __del__(self) -> None:
-        self.close()
+        with suppress(AttributeError):  # the system refused to give one
+            self.close()
 
 
 class Netlink:
