@@ -478,7 +478,7 @@ def _literal(host: str, port: int) -> tuple[Target] | None:
     """Return the target of an address that is always the same; None: it is a name, or has a zone. Check both."""
     _check(host, port)
     with suppress(OSError):  # the errors of what is no good come with its source
-        if "%" not in host and (target := lies_at(host, port)) is not None:
+        if "%" not in host and (target := lies_at(host, port)) is not None:  # a zone's number may change
             return (target,)
     return None
 

@@ -4,8 +4,11 @@
     targets    the destination's addresses (a literal asks nobody)
     plan       for each target, what its socket is bound to; what the source cannot serve is dropped
     race       attempts by RFC 8305: open, pin, bind, connect
-    verify     the source keeps its promise, in the moment before the SYN and again before a first byte
+    verify     the source keeps its promise, before the SYN and again before a first byte
     count      the connection belongs to its source until it ends
+
+What the plan has come to is kept with the source, and the next connect begins with the race, as long as the interfaces
+stay what they are. This short way decides nothing: whatever refuses, or has changed, goes the long way.
 
 The edges call ``route``, ``targets`` and ``dial``; whatever they wrap around, the story is told here only.
 """
@@ -75,8 +78,8 @@ _TRIES_PER_TURN = 50
 
 #: An attempt that is given up after so many seconds without an answer has waited in vain.
 _SILENCE = 1.0
-#: So many targets are known for each source: how their sockets are made.
-_KNOWN = 1000
+#: For so many targets, over all sources together, it is kept how their sockets are made: a kilobyte each.
+_KNOWN = 10_000
 #: What ``direct`` decides: all is left to the routing table.
 _EXEMPT = Binding()
 
@@ -336,8 +339,7 @@ class Dialer:
             BindError: the source can reach no name server.
         """
         try:
-            # The zone of an address is another number when its interface has come anew.
-            target = lies_at(host, port) if "%" not in host else lies_at.__wrapped__(host, port)
+            target = lies_at(host, port)
         except OSError as error:
             raise unresolved(host, port, error.strerror or "") from error
         if target is not None and family in (0, target.family):
@@ -488,26 +490,25 @@ class Dialer:
             for family in {target.family for target in targets}:
                 self.roster.fails(origin, family, error)
             raise with_context(error, source, destination_of(host, targets[0].port)) from error.__cause__
+        stamp = self._planner.stamp(time.monotonic())
+        if stamp != origin.stamp or len(origin.openings) >= _KNOWN // len(self.roster):
+            origin.openings, origin.stamp = {}, stamp
+        # What is exempt is so by the name of the destination as well; and a port that connect(2) does not choose is
+        # another one each time.
+        keep = stamp and is_fixed(source) and self._direct is None and self._ports.kept_by_system
         openings: list[Opening] = []
         refusals: list[Refusal] = []
         for target, decision in zip(targets, decisions, strict=True):
             if isinstance(decision, Refusal):
                 refusals.append(decision)
+                # A source without an address of a family has none until the interfaces change; all else is asked anew.
+                if keep and decision.errno == errno.EADDRNOTAVAIL:
+                    origin.openings[target] = decision
             else:
-                openings.append(self._opening(decision, target))
-        stamp = self._planner.stamp(time.monotonic())
-        if stamp != origin.stamp or len(origin.openings) >= _KNOWN:
-            origin.openings, origin.stamp = {}, stamp
-        # What is exempt is so by the name of the destination as well; and a port that connect(2) does not choose is
-        # another one each time.
-        if stamp and is_fixed(source) and self._direct is None and self._ports.kept_by_system:
-            origin.openings.update((opening.target, opening) for opening in openings)
-            # A source without an address of one family has none until the interfaces change; all else is asked anew.
-            origin.openings.update(
-                (target, decision)
-                for target, decision in zip(targets, decisions, strict=True)
-                if isinstance(decision, Refusal) and decision.errno == errno.EADDRNOTAVAIL
-            )
+                opening = self._opening(decision, target)
+                openings.append(opening)
+                if keep:
+                    origin.openings[target] = opening
         return openings, refusals
 
     def _opening(self, binding: Binding, target: Target) -> Opening:
@@ -644,11 +645,11 @@ class Dialer:
             if not isinstance(error, OSError):
                 raise
             return False
-        owner = None if isinstance(decision, Refusal) or decision.owner is None else decision.owner.index
-        if isinstance(decision, Refusal) or owner != (sock.ifindex or None):
+        if isinstance(decision, Refusal):
             return False
         # For an address alone its guard has spoken already.
-        return not decision.local or sock.local in decision.local
+        index = 0 if decision.owner is None else decision.owner.index
+        return index == sock.ifindex and (not decision.local or sock.local in decision.local)
 
     def _failed(self, origin: Origin, host: str, opening: Opening, error: OSError, began: float) -> None:
         """Count an attempt that has failed."""
@@ -780,8 +781,19 @@ def _may_be_outdated(error: OSError) -> bool:
     return isinstance(error, BindError) or (error.errno == errno.EADDRNOTAVAIL and not isinstance(error, AiobindError))
 
 
-@lru_cache(maxsize=1024)
 def lies_at(host: str, port: int) -> Target | None:
-    """Return the target that *host* is if it is a literal address; None: it is a name."""
+    """Return the target that *host* is if it is a literal address; None: it is a name.
+
+    Raises:
+        OSError: its zone is no interface.
+    """
+    # The zone of an address is another number when its interface has come anew.
+    return _found(host, port) if "%" in host else _kept(host, port)
+
+
+def _found(host: str, port: int) -> Target | None:
     address = literal(host)
     return None if address is None else Target.of(address.ip, port, address.scope_id)
+
+
+_kept = lru_cache(maxsize=1024)(_found)

@@ -1,4 +1,7 @@
-"""Law: one table of this host's interfaces for each event loop, and no decision from it while there are news to read.
+"""Law: one table of this host's interfaces for each event loop, and none is decided from it but what the news bear out.
+
+A decision is taken when there are no news to read. It is kept, and trusted for a moment, while the loop reads what
+comes; what is made by it is held against the news that have come meanwhile, before it is used.
 
 The table is kept by the system's own news (`_platform.base.Feed`), read on the loop in small pieces that never block.
 The kernel queues the news before the call that makes the change returns, so that a table whose queue is empty is as

@@ -114,7 +114,7 @@ class Origin:
         self.connects = 0
         #: attempts under way
         self.connecting = 0
-        #: connections that the pool, where there is one, has handed out; counted there, and `changed` is told
+        #: connections that the pool, where there is one, has handed out
         self.held = 0
         self.failures = 0
         self.errors: Counter[str] = Counter()
@@ -174,8 +174,7 @@ class Origin:
             except KeyError:
                 self.ports[target] = 1
         sock.register(self._ended)
-        if self.on_change is not None:
-            self.changed()
+        self.changed()
 
     def _ended(self, sock: BoundSocket, descriptor: int, traffic: Traffic | None) -> None:
         self.connections -= 1
@@ -195,20 +194,27 @@ class Origin:
                 self._lingering.append((time.monotonic() + _TIME_WAIT, target))
             else:
                 self._free(target)
-        if self.on_change is not None:
-            self.changed()
+        self.changed()
 
     def begins(self) -> None:
         """Count an attempt to connect, or to get a connection from the pool."""
         self.connecting += 1
-        if self.on_change is not None:
-            self.changed()
+        self.changed()
 
     def has_ended(self) -> None:
         """Count an attempt as ended, whatever came of it."""
         self.connecting -= 1
-        if self.on_change is not None:
-            self.changed()
+        self.changed()
+
+    def handed_out(self) -> None:
+        """Count a connection that the pool has handed out."""
+        self.held += 1
+        self.changed()
+
+    def given_back(self) -> None:
+        """Count a connection that the pool has back."""
+        self.held -= 1
+        self.changed()
 
     def changed(self) -> None:
         """Tell the policy that wants to know."""

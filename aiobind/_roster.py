@@ -472,6 +472,11 @@ class Route:
         self._towards = towards
         self._pin = pin
         self._turns: Generator[Turn] | None = None
+        #: those that may not begin a connection now, by their rate; and those that have no room
+        self._late: list[Turn] = []
+        self._full: list[Turn] = []
+        #: one that is suspended or banned, while those wait
+        self._worse: Turn | None = None
         self._count = 0
 
     def _order(self) -> Generator[Turn]:
@@ -485,9 +490,8 @@ class Route:
         None: ask for the `next` one.
         """
         limits = self._limits
-        if self._count or self._pin is not None or limits.limited or limits.paced:
+        if self._turns is not None or self._pin is not None or limits.limited or limits.paced:
             return None
-        self._count = 1
         roster = self._roster
         begun = ready, ordered = roster.begin(self._host)
         for origin in ordered:
@@ -513,19 +517,11 @@ class Route:
             RuntimeError: the connector was closed meanwhile.
         """
         limits, host = self._limits, self._host
-        if self._count < 2:
-            #: those that may not begin a connection now, by their rate; and those that have no room
-            self._late: list[Turn] = []
-            self._full: list[Turn] = []
-            #: one that is suspended or banned, while those wait
-            self._worse: Turn | None = None
-            self._count = 2
-            if self._turns is None:
-                self._turns = self._order()
+        if self._turns is None:
+            self._turns = self._order()
         self._count += 1
         if not self._count % _PER_TURN:
             await asyncio.sleep(0)  # a thousand that fail at once shall not hold the loop
-        assert self._turns is not None
         while (turn := self._worse or next(self._turns, None)) is not None:
             self._worse = None
             if turn.until and (self._late or self._full):

@@ -1,6 +1,6 @@
-"""Law: one attempt. A socket is opened, bound as decided, connected; on any other way out it is closed.
+"""Law: one socket. It is opened and bound as decided, once or again and again; on any other way out it is closed.
 
-A connected socket knows where it leaves from, and tells its connector once when it ends: by ``close`` (asyncio),
+A connected one knows where it leaves from, and tells its connector once when it ends: by ``close`` (asyncio),
 by ``detach`` (uvloop, which closes the descriptor itself), or by being collected.
 """
 

@@ -28,14 +28,14 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from typing import Any, Self
 
-__all__ = ["Connect", "Pending", "is_uvloop", "way_of"]
+__all__ = ["UNDER_WAY", "Connect", "Pending", "is_uvloop", "way_of"]
 
 #: Connects a non-blocking socket to a literal address: the SYN leaves before this first waits. Raises OSError, the
 #: system's answer.
 Connect: TypeAlias = "Callable[[socket.socket, Any], Awaitable[None]]"
 
 #: What connect(2) answers when it goes on; EAGAIN is no such answer for TCP and UDP.
-_UNDER_WAY = (errno.EINPROGRESS, errno.EALREADY, errno.EINTR)
+UNDER_WAY = (errno.EINPROGRESS, errno.EALREADY, errno.EINTR)
 _WRITABLE, _ONCE = getattr(select, "EPOLLOUT", 0x4), getattr(select, "EPOLLONESHOT", 0x40000000)
 
 
@@ -47,10 +47,8 @@ def way_of(loop: asyncio.AbstractEventLoop, *, fast: bool = False) -> Connect:
         fast: by the shared epoll also where ``loop.sock_connect`` is right.
     """
     if (fast or is_uvloop(loop)) and hasattr(select, "epoll"):
-        try:
+        with suppress(NotImplementedError):  # no add_reader
             return Pending.of(loop).connect
-        except NotImplementedError:  # no add_reader
-            pass
     return loop.sock_connect
 
 
@@ -74,7 +72,7 @@ class Pending(PerLoop):
             OSError: the system's answer.
         """
         number = sock.connect_ex(address)
-        if number in _UNDER_WAY:
+        if number in UNDER_WAY:
             descriptor = sock.fileno()
             ready = self._waiting[descriptor] = self._new_future()
             try:

@@ -31,13 +31,12 @@ from aiohttp.client_exceptions import cert_errors, ssl_errors
 from aiohttp.client_proto import ResponseHandler
 from yarl import URL
 
-from ._binding import Target
 from ._connector import Sourced, make_dialer, seconds
 from ._dial import lies_at
 from ._errors import AiobindError, BindError, ResolveError, explained, is_sources_fault, merged
 from ._faults import destination_of, place_of
 from ._race import interleave
-from ._resolve import literal, resolve
+from ._resolve import resolve
 from ._sockets import BoundSource, finders, handed_over
 from ._wait import is_uvloop
 
@@ -49,6 +48,7 @@ if TYPE_CHECKING:
     from aiohttp.connector import AddrInfoType, Connection
     from aiohttp.tracing import Trace
 
+    from ._binding import Target
     from ._dial import Dialer
     from ._events import Event
     from ._origin import Origin
@@ -396,10 +396,7 @@ class BoundTCPConnector(Sourced, aiohttp.TCPConnector):
                         route.close()
                     raise
                 if connection is not None:
-                    origin = turn.origin
-                    origin.held += 1
-                    if origin.on_change is not None:
-                        origin.changed()
+                    turn.origin.handed_out()
                     if route is not None:
                         route.keep(turn)  # `_release` gives it back
                         route.close()
@@ -464,8 +461,7 @@ class BoundTCPConnector(Sourced, aiohttp.TCPConnector):
             if route is not None:
                 route.leave(turn)
             raise
-        turn.origin.held += 1
-        turn.origin.changed()
+        turn.origin.handed_out()
         if route is not None:
             route.keep(turn)
         sock = cast("_Handler", connection.protocol).sock
@@ -498,9 +494,7 @@ class BoundTCPConnector(Sourced, aiohttp.TCPConnector):
         if origin.removed or (sock is not None and sock.lost):  # though its transport may not know of that yet
             should_close = True
         super()._release(key, protocol, should_close=should_close)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-        origin.held -= 1
-        if origin.on_change is not None:
-            origin.changed()
+        origin.given_back()
         if self._dialer.limits.limited:
             self._dialer.limits.release(origin, place_of(key.host_key.host))
 
@@ -618,16 +612,14 @@ def _deadline(seconds: float | None) -> asyncio.Timeout:
 
 def _target(info: AddrInfoType, url: URL) -> Target:
     text, port = str(info[4][0]), int(info[4][1])
-    if "%" not in text and (target := lies_at(text, port)) is not None:
-        return target
     if text == url.raw_host:
         text = text.replace("%25", "%", 1)  # a zone is written "%25eth0" in a URL (RFC 6874), and only there
     try:
-        address = literal(text)
+        target = lies_at(text, port)
         reason = "the resolver gave a name instead of an address"
     except OSError as error:
-        address, reason = None, error.strerror or ""
-    if address is None:
+        target, reason = None, error.strerror or ""
+    if target is None:
         destination = destination_of(text, port)
         raise ResolveError(socket.EAI_NONAME, f"connect to {destination}: {reason}", destination=destination)
-    return Target.of(address.ip, port, address.scope_id)
+    return target

@@ -70,28 +70,21 @@ GET_PROMISES = (
     "aiohttp's socket_factory, curl_cffi, pycurl and aiobind pin the device and bind the address; the others bind the "
     "address alone."
 )
+OF_AIOHTTP = ((AIOHTTP, "asyncio"), *OURS)
+
+
+def requests(title: str, workload: str, note: str = "") -> Sheet:
+    loads = {"1": Load(workload), "64": Load(workload, 64)}
+    return Sheet(title, CPU, loads, AIOHTTP, axis="at once", note=note, quick=OF_AIOHTTP)
+
+
 SHEETS = {
     "connect": Sheet("connect and close", CPU, CONNECT, HAND, axis="at once", note=CONNECT_PROMISES),
     "two-addresses": Sheet(
         "connect and close, by a name that is known", CPU, BY_NAME, "one address", note="The first of two answers."
     ),
-    "get": Sheet(
-        "GET on a new connection",
-        CPU,
-        {"1": Load("get"), "64": Load("get", 64)},
-        AIOHTTP,
-        axis="at once",
-        note=GET_PROMISES,
-        quick=((AIOHTTP, "asyncio"), *OURS),
-    ),
-    "keepalive": Sheet(
-        "GET on keep-alive",
-        CPU,
-        {"1": Load("keepalive"), "64": Load("keepalive", 64)},
-        AIOHTTP,
-        axis="at once",
-        quick=((AIOHTTP, "asyncio"), *OURS),
-    ),
+    "get": requests("GET on a new connection", "get", GET_PROMISES),
+    "keepalive": requests("GET on keep-alive", "keepalive"),
     "connect-syscalls": Sheet(
         "connect and close", SYSTEM_CALLS, {"all": Load("connect")}, HAND, note=BEYOND, quick=OURS
     ),

@@ -18,7 +18,7 @@ import pytest
 import uvloop
 
 import aiobind
-from aiobind import _interfaces
+from aiobind import _dial, _interfaces
 from aiobind._platform import platform
 
 if TYPE_CHECKING:
@@ -435,6 +435,21 @@ async def warm(connector: aiobind.Connector, host: str = V4, port: int = 80) -> 
     for _ in range(3):
         (await connector.connect(host, port)).close()
         await asyncio.sleep(0)
+
+
+async def test_what_is_kept_is_bounded_over_all_sources_together(
+    lab: Lab, far: list[socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_dial, "_KNOWN", 6)
+    targets = [f"203.0.113.{number}" for number in range(101, 109)]
+    for target in targets:
+        lab.add_target(target)
+    async with aiobind.Connector("if!n0", "if!n1") as connector:
+        for target in targets * 2:
+            for source in ("if!n0", "if!n1"):
+                (await connector.connect(target, 80, source=source)).close()
+        kept = [len(origin.openings) for origin in connector._dialer.roster.all]
+    assert all(0 < number <= 3 for number in kept)
 
 
 FROM_N2 = "198.18.2.2"

@@ -165,11 +165,9 @@ def test_in_use_is_what_the_pool_has_handed_out(peer: Peer) -> None:
     origin = an_origin(pooled=True)
     sock = peer.connect(origin)
     assert (origin.connections, origin.in_use) == (1, 0)
-    origin.held += 1
-    origin.changed()
+    origin.handed_out()
     assert (origin.connections, origin.in_use) == (1, 1)
-    origin.held -= 1
-    origin.changed()
+    origin.given_back()
     assert origin.stats(1)[1:4] == (1, 0, 1)
     sock.close()
 
@@ -179,11 +177,9 @@ def test_each_change_is_told(peer: Peer) -> None:
     origin = an_origin(pooled=True)
     origin.on_change = lambda view: told.append((view.connections, view.in_use, view.failures))
     sock = peer.connect(origin)
-    origin.held += 1
-    origin.changed()
+    origin.handed_out()
     origin.failed(WHY)
-    origin.held -= 1
-    origin.changed()
+    origin.given_back()
     sock.close()
     assert told == [(1, 0, 0), (1, 1, 0), (1, 1, 1), (1, 0, 1), (0, 0, 1)]
     origin.begins()

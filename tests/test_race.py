@@ -390,15 +390,16 @@ def full() -> Iterator[socket.socket]:
         yield listener
 
 
+async def slow() -> Connected:
+    await asyncio.sleep(60)
+    raise AssertionError
+
+
 @pytest.mark.anyio
 @pytest.mark.parametrize("order", ["cancelled first", "overtaken first"])
 async def test_a_cancellation_is_its_callers_own_also_in_the_turn_of_an_overtaking(order: str) -> None:
     """Structured concurrency knows its own cancellation by the very exception."""
     won = Connected(1)
-
-    async def slow() -> Connected:
-        await asyncio.sleep(60)
-        raise AssertionError
 
     async def quick() -> Connected:
         await asyncio.sleep(0)
@@ -423,10 +424,6 @@ async def test_a_cancellation_is_its_callers_own_also_in_the_turn_of_an_overtaki
 @pytest.mark.anyio
 async def test_the_message_of_a_cancellation_is_the_callers() -> None:
     won = Connected(1)
-
-    async def slow() -> Connected:
-        await asyncio.sleep(60)
-        raise AssertionError
 
     async def quick() -> Connected:
         await asyncio.sleep(0)
