@@ -6,6 +6,7 @@ never leaves by another one.
 
 The whole in one page. Each row imports only rows below it::
 
+    scrapy                               the edge that stands on another
     aiohttp   metrics   lab              edges: a library each; the lab is a place to try them in
     _connector   _factory   _guest       the doors: asyncio, the synchronous form, and asyncio inside trio
     _dial   dns                          the story of one connect; names, asked through the source
