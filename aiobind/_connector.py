@@ -508,4 +508,4 @@ async def connect(host: str, port: int, *, source: str | Source, family: int = 0
     """
     async with Connector(source, **options) as connector:
         connector._dialer.listens = False  # noqa: SLF001 # pyright: ignore[reportPrivateUsage] - it is gone in a moment
-        return await connector.connect(host, port, family=family)
+        return await connector.connect(host, port, source=source, family=family)

@@ -77,7 +77,7 @@ class GuestLoop(asyncio.AbstractEventLoop):
         self._ready: deque[asyncio.Handle] = deque()
         self._timers: list[asyncio.TimerHandle] = []
         self._wake: trio.Event = library.Event()
-        self._readers: set[int] = set()
+        self._readers: dict[int, trio.CancelScope] = {}
         self._closed = False
         library.lowlevel.spawn_system_task(self._serve, name="aiobind's guest loop")
 
@@ -141,6 +141,9 @@ class GuestLoop(asyncio.AbstractEventLoop):
         self._closed = True
 
     def _add(self, handle: asyncio.Handle) -> None:
+        if self._closed:  # a thread's, or a collected object's, which has come as the run was ending
+            self._run(handle)
+            return
         self._ready.append(handle)
         self._wake.set()
 
@@ -207,44 +210,72 @@ class GuestLoop(asyncio.AbstractEventLoop):
     # ── descriptors, which trio waits for ──
 
     def add_reader(self, fd: Any, callback: Callable[[*_Arguments], object], *args: *_Arguments) -> None:
+        self.remove_reader(fd)
         handle = asyncio.Handle(callback, args, self, None)
-        self._when(self._trio.lowlevel.wait_readable, fd, handle, again=True)
+        self._readers[fd] = self._when(self._trio.lowlevel.wait_readable, fd, handle, again=True)
 
     def remove_reader(self, fd: Any) -> bool:
-        self._trio.lowlevel.notify_closing(fd)  # its wait ends
-        return True
+        scope = self._readers.pop(fd, None)
+        if scope is not None:
+            scope.cancel()
+        return scope is not None
 
     async def sock_connect(self, sock: socket.socket, address: Any) -> None:
         number = sock.connect_ex(address)
         if number in UNDER_WAY:
-            descriptor, ready = sock.fileno(), self.create_future()
-            handle = asyncio.Handle(_settle, (ready,), self, None)
-            self._when(self._trio.lowlevel.wait_writable, descriptor, handle)
-            try:
-                await ready
-            except BaseException:
-                self._trio.lowlevel.notify_closing(descriptor)
-                raise
+            await self._ready_for(self._trio.lowlevel.wait_writable, sock)
             number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if number:
             raise OSError(number, os.strerror(number))
 
+    async def sock_recv(self, sock: socket.socket, nbytes: int) -> bytes:
+        while True:
+            try:
+                return sock.recv(nbytes)
+            except BlockingIOError:
+                await self._ready_for(self._trio.lowlevel.wait_readable, sock)
+
+    async def sock_sendall(self, sock: socket.socket, data: Any) -> None:
+        rest = memoryview(data)
+        while rest:
+            try:
+                rest = rest[sock.send(rest) :]
+            except BlockingIOError:
+                await self._ready_for(self._trio.lowlevel.wait_writable, sock)
+
+    async def _ready_for(self, wait: Callable[[int], Awaitable[None]], sock: socket.socket) -> None:
+        ready = self.create_future()
+        scope = self._when(wait, sock.fileno(), asyncio.Handle(_settle, (ready,), self, None))
+        try:
+            await ready
+        finally:
+            scope.cancel()
+
     def _when(
         self, wait: Callable[[int], Awaitable[None]], descriptor: int, handle: asyncio.Handle, *, again: bool = False
-    ) -> None:
+    ) -> trio.CancelScope:
+        """Run *handle* when *descriptor* is ready; once it is cancelled, the number may be another's at once."""
+        scope: trio.CancelScope = self._trio.CancelScope()
+
         async def watch() -> None:
-            try:
-                await wait(descriptor)
-                self._run(handle)
-                while again:
-                    await wait(descriptor)
-                    self._run(handle)
-            except self._trio.ClosedResourceError:  # notify_closing
-                pass
-            except OSError:  # closed behind our back: who waits for it finds out
-                self._run(handle)
+            nonlocal again
+            with scope:
+                while not scope.cancel_called:  # before it has begun, or when it was woken and somebody ran before it
+                    try:
+                        await wait(descriptor)
+                    except self._trio.BusyResourceError:
+                        # Who waits there had another descriptor of that number, which was closed without a word.
+                        self._trio.lowlevel.notify_closing(descriptor)
+                        continue
+                    except (self._trio.ClosedResourceError, OSError):  # closed: who waits for it finds out
+                        again = False
+                    if not scope.cancel_called:
+                        self._run(handle)
+                    if not again:
+                        break
 
         self._trio.lowlevel.spawn_system_task(watch, name=f"aiobind: {wait.__name__}({descriptor})")
+        return scope
 
 
 #: So often what was cancelled at the end of the run may go on.

@@ -77,8 +77,8 @@ def bound_source(connection: object) -> BoundSource:
     """Return where a connection really leaves from: its source, interface, local address and port.
 
     Args:
-        connection: a socket, transport, ``StreamWriter`` or aiohttp websocket, as long as it is open; or an aiohttp
-            response, also when its body has been read and its connection went back to the pool.
+        connection: a socket, transport, ``StreamWriter``, stream of anyio's or aiohttp websocket, as long as it is
+            open; or an aiohttp response, also when its body has been read and its connection went back to the pool.
 
     Raises:
         LookupError: the connection was not made by aiobind, or is closed.

@@ -226,7 +226,7 @@ def no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
         return
     name, options = extract_backend_and_options(request.getfixturevalue("anyio_backend"))
-    fds, threads = _open_fds(), set(threading.enumerate())
+    fds, threads = _open_fds(), _threads()
     # The lease keeps the loop open after the test, whose end would hide the tasks by cancelling them.
     runner: Any
     with get_runner(name, options) as runner:
@@ -236,8 +236,13 @@ def no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
             loop = runner.get_loop()
             _settle(lambda: asyncio.all_tasks(loop) - {runner._runner_task}, "tasks", loop)
     if not failed:
-        _settle(lambda: set(threading.enumerate()) - threads, "threads")
+        _settle(lambda: _threads() - threads, "threads")
         _settle(lambda: _open_fds() - fds, "file descriptors")
+
+
+def _threads() -> set[threading.Thread]:
+    # Those of trio's cache, in which anyio's test runner has it wait, are idle for ten seconds before they end.
+    return {thread for thread in threading.enumerate() if not thread.name.startswith("Trio thread ")}
 
 
 def _open_fds() -> set[tuple[int, str]]:

@@ -39,8 +39,8 @@ ENVIRONMENT = {
     "PYTHONPATH": str(Path(aiobind.__file__).parent.parent),
     "TERM": "xterm-256color",
 }
-PINNED, CRAWLER, GATEWAY, POLICY, DEMO = (
-    f"{name}.py" for name in ("pinned_session", "crawler", "per_connection", "own_policy", "demo")
+PINNED, CRAWLER, GATEWAY, POLICY, DEMO, TRIO = (
+    f"{name}.py" for name in ("pinned_session", "crawler", "per_connection", "own_policy", "demo", "trio_stream")
 )
 
 
@@ -172,6 +172,11 @@ def test_readme_lists_every_example() -> None:
         ([POLICY, "*=if!lo", "gopher://127.0.0.1/"], "neither a rule WHERE=SOURCE nor an http URL: 'gopher:"),
         ([POLICY, "http://127.0.0.1:1/"], "usage: "),
         ([POLICY, "*=if!lo"], "usage: "),
+        ([TRIO, "eth0", "127.0.0.1", "1"], "did you mean 'if!eth0'"),
+        ([TRIO, "if!no-such-nic", "127.0.0.1", "1"], "no interface named 'no-such-nic' (have: "),
+        ([TRIO, "if!lo", "127.0.0.1", "1"], "connect from if!lo to 127.0.0.1:1: connection refused"),
+        ([TRIO, "if!lo", "127.0.0.1", "http"], "'http'"),
+        ([TRIO, "if!lo"], "usage: "),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -195,6 +200,31 @@ def test_ctrl_c_in_the_middle_of_a_page(arguments: list[str], site: Site) -> Non
     with started(*arguments, f"{site.url}/slow") as process:
         assert site.asked.wait(20)
         interrupted(process)
+
+
+def test_ctrl_c_while_trio_waits() -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as mute,
+        started(TRIO, "if!lo", *map(str, mute.getsockname())) as process,
+        mute.accept()[0],
+    ):
+        interrupted(process)
+
+
+# --- trio_stream ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("source", "address", "pin"),
+    [("if!n1", "198.18.1.2", "n1"), ("198.18.1.2", "198.18.1.2", "no interface")],
+)
+def test_trio_stream_leaves_from_its_source(source: str, address: str, pin: str, lab: Lab) -> None:
+    with lab.far:
+        listener = socket.create_server((lab.target_v4, 80))
+    with serving(listener):
+        ended = run(TRIO, source, lab.target_v4, "80")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert re.fullmatch(f"HTTP/1.[01] \\d+ .*\nfrom {source}: {address}, pinned to {pin}\n", ended.stdout)
 
 
 # --- pinned_session, own_policy ------------------------------------------------------------------------------

@@ -260,6 +260,115 @@ def test_sock_connect(family: socket.AddressFamily) -> None:
     trio.run(main)
 
 
+def test_sock_sendall_and_sock_recv() -> None:
+    """What questions to a name server need."""
+    much = os.urandom(1 << 22)
+
+    async def both(mine: socket.socket, theirs: socket.socket) -> bytes:
+        loop = asyncio.get_running_loop()
+        sending = loop.create_task(loop.sock_sendall(mine, much))
+        await asyncio.sleep(0.01)
+        assert not sending.done()
+        got = bytearray()
+        while len(got) < len(much):
+            got += await loop.sock_recv(theirs, 1 << 16)
+        await sending
+        receiving = loop.create_task(loop.sock_recv(theirs, 5))
+        await asyncio.sleep(0.01)
+        assert not receiving.done()
+        mine.send(b"more")
+        assert await receiving == b"more"
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.01):
+                await loop.sock_recv(theirs, 5)
+        mine.close()
+        assert await loop.sock_recv(theirs, 5) == b""
+        return bytes(got)
+
+    async def main() -> None:
+        mine, theirs = socket.socketpair()
+        with mine, theirs:
+            mine.setblocking(False)
+            theirs.setblocking(False)
+            assert await hosted(both(mine, theirs)) == much
+
+    trio.run(main)
+
+
+def test_a_reader_that_is_removed_when_it_has_been_woken() -> None:
+    """The number may be another's at once: nobody waits for it any more, and nobody is called."""
+    called: list[int] = []
+
+    async def main() -> None:
+        loop = await hosted(running())
+        for number in range(20):
+            mine, theirs = socket.socketpair()
+            other, bell = socket.socketpair()
+            descriptor = mine.fileno()
+            loop.add_reader(descriptor, called.append, number)
+            await trio.sleep(0.001)
+            theirs.send(b"x")
+            bell.send(b"x")  # the reader and this task are woken in one turn, in any order
+            await trio.lowlevel.wait_readable(other)
+            before = len(called)
+            loop.remove_reader(descriptor)
+            mine.close()
+            one, two = socket.socketpair()
+            assert one.fileno() == descriptor
+            two.send(b"x")
+            await trio.lowlevel.wait_readable(one)
+            assert len(called) == before
+            for sock in (theirs, other, bell, one, two):
+                sock.close()
+
+    trio.run(main)
+
+
+def test_a_reader_that_is_removed_before_it_has_begun() -> None:
+    async def main() -> None:
+        loop = await hosted(running())
+        mine, theirs = socket.socketpair()
+        with mine, theirs:
+            theirs.send(b"x")
+            loop.add_reader(mine.fileno(), pytest.fail, "called")
+            assert loop.remove_reader(mine.fileno())
+            assert not loop.remove_reader(mine.fileno())
+            await trio.lowlevel.wait_readable(mine)
+            await trio.sleep(0.01)
+
+    trio.run(main)
+
+
+def test_a_number_whose_last_owner_was_closed_without_a_word() -> None:
+    """Trio's waiter for it is told so, and the run goes on."""
+
+    async def main() -> None:
+        loop = await hosted(running())
+        mine, theirs = socket.socketpair()
+        descriptor = mine.fileno()
+        async with trio.open_nursery() as nursery:
+
+            async def stale() -> None:
+                with pytest.raises(trio.ClosedResourceError):
+                    await trio.lowlevel.wait_readable(descriptor)
+
+            nursery.start_soon(stale)
+            await trio.testing.wait_all_tasks_blocked()
+            mine.close()
+            one, two = socket.socketpair()
+            assert one.fileno() == descriptor
+            rung = trio.Event()
+            loop.add_reader(descriptor, rung.set)
+            two.send(b"x")
+            with trio.fail_after(5):
+                await rung.wait()
+            loop.remove_reader(descriptor)
+        for sock in (theirs, one, two):
+            sock.close()
+
+    trio.run(main)
+
+
 def test_an_error_in_a_callback_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         (await hosted(running())).call_soon(int, "x")
@@ -268,6 +377,26 @@ def test_an_error_in_a_callback_is_logged(caplog: pytest.LogCaptureFixture) -> N
     with caplog.at_level(logging.ERROR, "aiobind"):
         trio.run(main)
     assert "invalid literal" in caplog.text
+
+
+def test_what_is_told_while_the_run_ends_is_done() -> None:
+    """So does the interface watch of a connector close its descriptor."""
+    done: list[int] = []
+
+    async def last() -> None:
+        loop = await hosted(running())
+        try:
+            await trio.sleep_forever()
+        finally:
+            loop.call_soon_threadsafe(done.append, 1)
+
+    async def main() -> None:
+        trio.lowlevel.spawn_system_task(last)
+        await trio.sleep(0.01)
+
+    for _ in range(10):  # the two system tasks end in any order
+        trio.run(main)
+    assert len(done) == 10
 
 
 def test_the_end_of_the_run_cancels_what_is_left() -> None:

@@ -22,6 +22,7 @@ from packaging.requirements import Requirement
 
 import aiobind
 import aiobind.aiohttp
+import aiobind.anyio
 import aiobind.dns
 import aiobind.lab
 import aiobind.metrics
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(aiobind.__file__).parent
-PUBLIC = [aiobind, aiobind.aiohttp, aiobind.dns, aiobind.lab, aiobind.metrics]
+PUBLIC = [aiobind, aiobind.aiohttp, aiobind.anyio, aiobind.dns, aiobind.lab, aiobind.metrics]
 if util.find_spec("scrapy"):  # which the oldest aiohttp is too old for
     PUBLIC.append(import_module("aiobind.scrapy"))
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -156,6 +157,16 @@ BoundTCPConnector.report(source, *, host, ok=False, seconds=None)
 BoundTCPConnector.stats()
 BoundTCPConnector.use_dns_cache
 BoundTCPConnector.use_source(source)
+""",
+    "aiobind.anyio": """
+TCPConnectable(host, port, *, source=None, connector=None)
+async TCPConnectable.connect()
+TCPConnectable.connector
+TCPConnectable.host
+TCPConnectable.port
+TCPConnectable.source
+async connect_tcp(remote_host, remote_port, *, source=None, connector=None, local_host=None, local_port=None, \
+tls=False, ssl_context=None, tls_standard_compatible=True, tls_hostname=None, happy_eyeballs_delay=None)
 """,
     "aiobind.dns": """
 SourceLookup(reach, servers, *, ttl)
@@ -291,7 +302,7 @@ def test_public_modules_are_the_public_files() -> None:
 
 def documented() -> Iterator[tuple[str, Callable[..., Any], str, bool]]:
     """Yield what the main public modules offer: name, function, docstring, and whether it is a method."""
-    for module in (aiobind, aiobind.aiohttp):
+    for module in (aiobind, aiobind.aiohttp, aiobind.anyio):
         for name in module.__all__:
             thing = getattr(module, name)
             if inspect.isfunction(thing):
@@ -469,7 +480,9 @@ def test_import_of_aiobind_takes_no_edge() -> None:
     assert loaded("import aiobind") & {f"aiobind.{name}" for name in public_files()} == set()
 
 
-@pytest.mark.parametrize(("name", "wanted"), [("aiohttp", {"aiohttp"}), ("lab", set()), ("metrics", set())])
+@pytest.mark.parametrize(
+    ("name", "wanted"), [("aiohttp", {"aiohttp"}), ("anyio", {"anyio"}), ("lab", set()), ("metrics", set())]
+)
 def test_import_of_an_edge_takes_only_its_library(name: str, wanted: set[str]) -> None:
     optional = {"aiohttp", "anyio", "opentelemetry", "prometheus_client", "uvloop", "rich", "pytest"}
     assert {name.partition(".")[0] for name in loaded(f"import aiobind.{name}")} & optional == wanted

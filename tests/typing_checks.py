@@ -12,9 +12,12 @@ import ssl
 from typing import TYPE_CHECKING, assert_never, assert_type
 
 import aiohttp
+from anyio.abc import ByteStreamConnectable, SocketStream
+from anyio.streams.tls import TLSStream
 
 import aiobind
 from aiobind.aiohttp import BoundTCPConnector
+from aiobind.anyio import TCPConnectable, connect_tcp
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -160,3 +163,15 @@ def errors() -> None:
         assert_type(error.attempts, tuple[aiobind.Attempt, ...])
         assert_type(error.attempts[0].error, OSError)
         raise refused from error
+
+
+async def anyio_streams(connector: aiobind.Connector, context: ssl.SSLContext, *, tls: bool) -> None:
+    assert_type(await connect_tcp("example.com", 80, source="if!eth0"), SocketStream)
+    assert_type(await connect_tcp("example.com", 80, connector=connector, tls=False), SocketStream)
+    assert_type(await connect_tcp("example.com", 443, connector=connector, tls=True), TLSStream)
+    assert_type(await connect_tcp("example.com", 443, source="if!eth0", ssl_context=context), TLSStream)
+    assert_type(await connect_tcp("192.0.2.1", 443, source="if!eth0", tls_hostname="example.com"), TLSStream)
+    assert_type(await connect_tcp("example.com", 443, source="if!eth0", tls=tls), SocketStream | TLSStream)
+    await connect_tcp("example.com", 80, source="if!eth0", local_host="192.0.2.7")  # type: ignore[call-overload]
+    connectable: ByteStreamConnectable = TCPConnectable("example.com", 80, source=aiobind.Interface("eth0"))
+    await connectable.connect()
