@@ -9,7 +9,7 @@ The whole in one page. Each row imports only rows below it::
     scrapy                               the edge that stands on another
     aiohttp   anyio   metrics   lab      edges: a library each; the lab is a place to try them in
     _connector   _factory                the doors: asyncio, and the synchronous form
-    _guest   _streams                    beyond asyncio: its coroutines inside trio, and streams for every loop
+    _as_loop   _guest   _streams         a loop with a connector's doors; asyncio's coroutines in trio; streams for all
     _dial   dns                          the story of one connect; names, asked through the source
     _roster                              which source is next
     _origin   _health   _policy          one source and its figures; what has failed; the order of sources

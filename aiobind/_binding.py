@@ -31,13 +31,21 @@ _TAKES_OVER = {"bridge", "bond", "team"}
 
 
 class Target(NamedTuple):
-    """One address to connect to. ``of`` makes it; ``reach`` is how far away it can be."""
+    """One address to connect to. ``of`` makes it; ``reach`` is how far away it can be.
+
+    A socket that is not going to connect has a target as well, which says no more than its family: ``anywhere``.
+    """
 
     family: int
     host: str
     port: int
     scope_id: int
-    reach: Literal["loopback", "link", "global"]
+    reach: Literal["loopback", "link", "global", "any"]
+
+    @classmethod
+    def anywhere(cls, family: int) -> Target:
+        """Return the target of a socket that sends to whatever address of *family* it is told."""
+        return cls(family, "::" if family == socket.AF_INET6 else "0.0.0.0", 0, 0, "any")
 
     @classmethod
     def of(cls, ip: IPAddress, port: int, scope_id: int = 0) -> Target:
@@ -209,7 +217,8 @@ def bind_any(
         if not sources:
             return Refusal(errno.EADDRNOTAVAIL, f"the link-local address {same[0]} reaches no further than its link")
     # Measured: from ::1 the kernel sends SYNs to other hosts, which can never answer.
-    usable = tuple(ip for ip in sources if not ip.is_loopback or target.reach == "loopback" or target.host in own)
+    near = target.reach in ("loopback", "any")
+    usable = tuple(ip for ip in sources if near or not ip.is_loopback or target.host in own)
     if not usable:
         return Refusal(
             errno.ENETUNREACH, f"from the loopback address {sources[0]} only this host itself can be reached"
@@ -266,7 +275,7 @@ def _no_way(link: Link, target: Target, own: Container[str]) -> Refusal | None:
     if target.scope_id and target.scope_id != link.index:
         return Refusal(errno.ENETUNREACH, f"{target.host} lies in the zone of another interface than {link.name}")
     if link.loopback:
-        if target.reach != "loopback" and target.host not in own:
+        if target.reach not in ("loopback", "any") and target.host not in own:
             return Refusal(errno.ENETUNREACH, f"only this host itself can be reached through {link.name}")
     elif target.reach == "loopback":
         # Measured: the kernel would ask for 127.0.0.1 by ARP on the wire of that interface.
@@ -294,7 +303,7 @@ def _own_address(link: Link, target: Target) -> Binding | Refusal:
     if not ready:
         state = f"only tentative IPv{version} addresses" if same else f"no IPv{version} address"
         return Refusal(errno.EADDRNOTAVAIL, f"{link.name} has {state}")
-    if version == 6 and target.reach != "loopback":
+    if version == 6 and target.reach not in ("loopback", "any"):
         # A link-local target is reached from a link-local address, which reaches no other one.
         on_link = target.reach == "link"
         ready = [address for address in ready if address.ip.is_link_local == on_link]
@@ -348,6 +357,8 @@ class Exempt:
 
     def covers(self, host: str, target: Target) -> bool:
         """Return whether *target*, which belongs to *host*, is exempt."""
+        if target.reach == "any":
+            return False
         return self.names(host) or (
             bool(self._networks) and any(ip_address(target.host) in network for network in self._networks)
         )

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
+import weakref
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from ipaddress import ip_address
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from ._as_loop import LoopOfSources
 from ._dial import Dialer, lies_at
-from ._errors import AiobindError, is_sources_fault, merged
-from ._faults import place_of
+from ._errors import AiobindError, BindError, is_sources_fault, merged
+from ._faults import destination_of, place_of, with_context
 from ._limits import Limits
 from ._origin import Origin
 from ._scope import scoped
-from ._sockets import handed_over
+from ._sockets import IPPROTO_MPTCP, TCP, Kind, handed_over
+from ._sources import parse_source
 
 if TYPE_CHECKING:
     import ssl as ssl_module
@@ -35,6 +40,11 @@ if TYPE_CHECKING:
 __all__ = ["Connector", "connect"]
 
 _ProtocolT = TypeVar("_ProtocolT", bound=asyncio.BaseProtocol)
+_DatagramProtocolT = TypeVar("_DatagramProtocolT", bound=asyncio.DatagramProtocol)
+
+#: The destination of what is going to send to whomever it is told: no name that anybody has.
+_ANYBODY = "*"
+_FAMILIES = (socket.AF_INET, socket.AF_INET6)
 
 
 def make_dialer(
@@ -175,7 +185,11 @@ class Connector(Sourced):
             where some are in net.ipv4.ip_local_reserved_ports, each connection is given one, shared among destinations,
             and up to 1,000 are tried. On such ports no other process's connection can take the 4-tuple of ours. UDP
             queries for names leave from any port.
-        socket_options: ``(level, option, value)`` to set on each socket before it is bound and connected.
+        socket_options: ``(level, option, value)`` to set on each socket before it is bound and connected; on a UDP
+            socket those of the levels SOL_SOCKET, IPPROTO_IP and IPPROTO_IPV6. With TCP_FASTOPEN_CONNECT (RFC 7413) a
+            connect to where a cookie is known ends at once, before anything is sent: the SYN goes with the first
+            write, and a refusal (ECONNREFUSED, ETIMEDOUT) comes to the first read or write, when it is too late for
+            another address or source.
         dns: who is asked for names: ``"system"``, the operating system's resolver, which goes its own way, outside the
             pin; ``"source"``, the servers of ``/etc/resolv.conf``, from the source of the connection; or the addresses
             of servers, as in ``("192.0.2.53",)``, likewise. The last two need the extra ``aiobind[dns]``, and heed
@@ -267,7 +281,7 @@ class Connector(Sourced):
         return f"Connector({', '.join(repr(str(origin.source)) for origin in self._dialer.roster.listed)})"
 
     async def connect(
-        self, host: str, port: int, *, source: str | Source | None = None, family: int = 0
+        self, host: str, port: int, *, source: str | Source | None = None, family: int = 0, proto: int = 0
     ) -> socket.socket:
         """Return a connected, non-blocking socket. The caller owns it and closes it.
 
@@ -277,19 +291,25 @@ class Connector(Sourced):
             source: the source of this connection, which need not be one of the connector's; it wins over the policy
                 and over ``use_source``, and no other source is tried.
             family: ``socket.AF_INET`` or ``socket.AF_INET6`` to use only that; 0 for both.
+            proto: 0 or ``IPPROTO_TCP``; or ``IPPROTO_MPTCP``, Multipath TCP (RFC 8684, Linux 5.6), with a connector of
+                ``strict=False``: the source holds for the first subflow only. The kernel opens further ones, at any
+                time, from the addresses and by the interfaces that ``ip mptcp endpoint`` names, or that the peer asks
+                for where ``ip mptcp limits`` allows that. So ``bound_source(...).interface`` is None, and the bytes in
+                ``stats()`` are those of the first. With a peer that speaks TCP alone it is a TCP connection.
 
         Raises:
             BindError: each source failed for a reason of its own (EPERM, ENODEV, EADDRNOTAVAIL, EADDRINUSE, EINVAL,
                 ENETUNREACH when it cannot lead there, EHOSTUNREACH when it has no carrier); nothing was sent.
             ConnectError: the destination was tried and could not be reached; errno is the first attempt's
-                (ECONNREFUSED, ENETUNREACH, EHOSTUNREACH, ETIMEDOUT, ...), and ``.attempts`` has them all.
+                (ECONNREFUSED, ENETUNREACH, EHOSTUNREACH, ETIMEDOUT, ...), and ``.attempts`` has them all. A system
+                without MPTCP says EPROTONOSUPPORT, or ENOPROTOOPT where net.mptcp.enabled is 0.
             ResolveError: the destination, or a ``host!`` source, has no address.
             InvalidSource: *source* names no source.
             TypeError: the host is no text, or the port no number.
-            ValueError: the host is empty or in brackets, or the port not 1 to 65535.
+            ValueError: the host is empty or in brackets, the port not 1 to 65535, or *proto* another one.
             RuntimeError: the connector is closed, or belongs to another event loop; or its policy named no source.
         """
-        return await self._connect(host, port, source, family, delay=self._delay)
+        return await self._connect(host, port, source, family, proto=proto, delay=self._delay)
 
     async def create_connection(
         self,
@@ -313,7 +333,7 @@ class Connector(Sourced):
             port: as in ``connect``.
             source: as in ``connect``.
             family: as in ``connect``.
-            proto: 0 or ``IPPROTO_TCP``.
+            proto: as in ``connect``.
             flags: ``AI_*`` flags for looking up the destination.
             ssl: True or an ``ssl.SSLContext`` for TLS.
             server_hostname: the name that the certificate must have; default *host*.
@@ -321,23 +341,24 @@ class Connector(Sourced):
                 ``loop.create_connection``: ``ssl_handshake_timeout``, ``ssl_shutdown_timeout``.
 
         Raises:
-            TypeError: ``local_addr`` or ``sock`` was given: the source is what names the local end.
+            TypeError: ``local_addr`` or ``sock`` was given, for the source is what names the local end; or
+                ``all_errors``, for a ``ConnectError`` always has them all.
             ssl.SSLError: the TLS handshake failed.
             AiobindError: as in ``connect``.
         """
-        for name in ("local_addr", "sock"):
-            if name in options:
-                raise TypeError(f"{name} is not taken here: the source names the local end, as in source='192.0.2.7'")
-        if "all_errors" in options:
+        _refuse(local_addr=options.pop("local_addr", None), sock=options.pop("sock", None))
+        if options.pop("all_errors", False):
             raise TypeError("all_errors is not taken here: a ConnectError always has them all in .attempts")
-        if proto not in (0, socket.IPPROTO_TCP):
-            # asyncio's sock_connect looks even a literal up for any other protocol (EAI_SOCKTYPE).
-            raise NotImplementedError("proto: only TCP is available yet")
+        if not (ssl is None or isinstance(ssl, bool) or hasattr(ssl, "wrap_bio")):
+            # asyncio itself finds out in the middle of it, and leaves the connection open
+            raise TypeError(f"ssl is True or an ssl.SSLContext, not {type(ssl).__name__}")
         delay = options.pop("happy_eyeballs_delay", self._delay)
         count = options.pop("interleave", None) or 1
         if ssl and server_hostname is None:
             server_hostname = host
-        sock = await self._connect(host, port, source, family, flags=flags, delay=delay, first_family_count=count)
+        sock = await self._connect(
+            host, port, source, family, proto=proto, flags=flags, delay=delay, first_family_count=count
+        )
         try:
             protocol = protocol_factory()
         except BaseException:
@@ -380,6 +401,126 @@ class Connector(Sourced):
         )
         return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
 
+    async def create_datagram_endpoint(
+        self,
+        protocol_factory: Callable[[], _DatagramProtocolT],
+        local_addr: None = None,
+        remote_addr: tuple[str, int] | None = None,
+        *,
+        source: str | Source | None = None,
+        family: int = 0,
+        proto: int = 0,
+        flags: int = 0,
+        reuse_port: bool | None = None,
+        allow_broadcast: bool | None = None,
+        sock: None = None,
+    ) -> tuple[asyncio.DatagramTransport, _DatagramProtocolT]:
+        """Make a UDP endpoint as ``loop.create_datagram_endpoint`` does, with a source.
+
+        It is pinned and bound before it sends, so that every datagram leaves from the source, or not at all: what the
+        system refuses later comes to ``error_received`` (ENETUNREACH when the interface or the address has gone). It
+        counts as a connection of its source until its transport closes; what it carries is not counted.
+        ``abort_on_link_down`` and ``remove(drain=False)`` close it: ``connection_lost``.
+
+        With *remote_addr* it is connected: it sends to that address and hears nobody else. It is the first address of
+        the name that a source can serve, for nobody answers; nothing is sent.
+
+        Without, it sends to whom ``sendto`` names, in one family: *family*, or else that of the source's address, IPv4
+        where it has both. It sends to broadcast and multicast addresses as well, by the interface of the source. To
+        ``direct`` it sends from the source. A zone (scope id) that ``sendto`` is given names the interface of that
+        datagram, whatever the pin: give that of the source, or none.
+
+        Args:
+            protocol_factory: makes the protocol.
+            local_addr: is refused: the source names it. Its port is as in ``local_ports``.
+            remote_addr: a host, as in ``connect``, and a port.
+            source: as in ``connect``.
+            family: as in ``connect``.
+            proto: 0 or ``IPPROTO_UDP``.
+            flags: ``AI_*`` flags for looking up the host.
+            reuse_port: set SO_REUSEPORT before it is bound.
+            allow_broadcast: set SO_BROADCAST; only without *remote_addr*.
+            sock: is refused, as *local_addr*.
+
+        Raises:
+            TypeError: *local_addr* or *sock* was given; or as in ``connect``.
+            ValueError: the host is, or stands for, a multicast group, or *allow_broadcast* comes with *remote_addr*: no
+                answer comes from either, so leave it away; or another *family* or *proto*; or as in ``connect``.
+            ConnectError: a broadcast address (EACCES), likewise.
+            AiobindError: as in ``connect``.
+        """
+        _refuse(local_addr=local_addr, sock=sock)
+        if proto not in (0, socket.IPPROTO_UDP):
+            raise ValueError(f"proto is 0 or IPPROTO_UDP, not {proto}")
+        if family not in (0, *_FAMILIES):
+            raise ValueError(f"family is 0, AF_INET or AF_INET6, not {family}")
+        host, port = (_ANYBODY, 0) if remote_addr is None else remote_addr
+        if remote_addr is not None:
+            if allow_broadcast:
+                raise ValueError(
+                    "allow_broadcast: leave remote_addr away, for no answer comes from a broadcast address"
+                )
+            _check(host, port)
+        flags_set = ((reuse_port, "SO_REUSEPORT"), (allow_broadcast, "SO_BROADCAST"))
+        options = tuple((socket.SOL_SOCKET, getattr(socket, name), 1) for wanted, name in flags_set if wanted)
+
+        async def look_up(origin: Origin) -> Sequence[Target]:
+            if remote_addr is None:
+                return [await dialer.anywhere(origin, family)]
+            found = await dialer.targets(origin, host, port, family=family, flags=flags)
+            for ip in (ip_address(target.host) for target in found):
+                if ip.is_multicast:
+                    raise ValueError(f"remote_addr: {ip} is a multicast group, from which no answer comes: see sendto")
+            return found
+
+        dialer, loop = self._dialer, self._dialer.enter()
+        kind = Kind(socket.SOCK_DGRAM, proto, options)
+        bound = await self._connect_by(dialer.route(host, port, source), host, None, look_up, delay=None, kind=kind)
+        try:
+            protocol = protocol_factory()
+        except BaseException:
+            bound.close()
+            raise
+        making = loop.create_task(loop.create_datagram_endpoint(lambda: protocol, sock=bound))
+        try:
+            with handed_over(bound, loop):
+                transport, _ = await asyncio.shield(making)
+        except asyncio.CancelledError:
+            making.add_done_callback(_close)  # uvloop (0.23) leaves it open when it is cancelled here itself
+            raise
+        bound.user = weakref.ref(transport)
+        if bound.cut:
+            transport.abort()
+            assert bound.bound is not None
+            gone = BindError(errno.ENETDOWN, "it was removed, or its interface went, meanwhile")
+            raise with_context(gone, bound.bound.source, destination_of(host, port))
+        return transport, protocol
+
+    def as_loop(self, *, source: str | Source | None = None) -> asyncio.AbstractEventLoop:
+        """Return what is the running loop to a library that only takes ``loop=``, and connects from a source.
+
+        Its ``create_connection`` and ``create_datagram_endpoint`` are this connector's, with its ``dns``, its errors,
+        and what it refuses (``local_addr``). A socket of the library's own (``sock=``) is passed on as it is. All else
+        is the running loop's, under which it goes: tasks, timers, threads, servers, Unix sockets; and so are
+        ``getaddrinfo`` and ``sock_connect``, by which a library would go its own way.
+
+        It equals the running loop, and ``isinstance`` takes it for one; but it is another object: to
+        ``asyncio.all_tasks`` and, from Python 3.14 on, ``asyncio.current_task`` it is a loop without tasks.
+
+        Args:
+            source: pins what is connected so, as in ``connect``.
+
+        Raises:
+            InvalidSource: *source* names no source.
+            RuntimeError: no loop runs; or the connector is closed, or belongs to another event loop.
+        """
+        loop = self._dialer.enter()
+        connect, associate = self.create_connection, self.create_datagram_endpoint
+        if source is not None:
+            pin = parse_source(source)
+            connect, associate = partial(connect, source=pin), partial(associate, source=pin)
+        return cast("asyncio.AbstractEventLoop", LoopOfSources(loop, connect, associate))
+
     async def aclose(self) -> None:
         """Refuse new connections. Those that are open belong to their callers and stay open.
 
@@ -403,6 +544,7 @@ class Connector(Sourced):
         family: int,
         *,
         delay: float | None,
+        proto: int = 0,
         flags: int = 0,
         first_family_count: int = 1,
     ) -> BoundSocket:
@@ -410,13 +552,14 @@ class Connector(Sourced):
         dialer = self._dialer
         dialer.enter()
         literal = _literal(host, port) if isinstance(host, str) else _check(host, port)  # pyright: ignore[reportUnnecessaryIsInstance]
+        kind = self._kind(proto) if proto else TCP
         if family:
             literal = None
         if literal is not None:
             turn = dialer.obvious(source)
             if turn is not None:
                 try:
-                    return await dialer.dial(turn, host, literal, delay=delay)
+                    return await dialer.dial(turn, host, literal, delay=delay, kind=kind)
                 except AiobindError as error:
                     if not (turn.origin.removed and is_sources_fault(error)):  # else there are others by now
                         raise
@@ -424,7 +567,19 @@ class Connector(Sourced):
         look_up = partial(
             dialer.targets, host=host, port=port, family=family, flags=flags, first_family_count=first_family_count
         )
-        return await self._connect_by(route, host, literal, look_up, delay)
+        return await self._connect_by(route, host, literal, look_up, delay=delay, kind=kind)
+
+    def _kind(self, proto: int) -> Kind:
+        if proto == socket.IPPROTO_TCP:
+            return TCP
+        if proto != IPPROTO_MPTCP:
+            raise ValueError(f"proto is 0, IPPROTO_TCP or IPPROTO_MPTCP, not {proto}")
+        if self._dialer.strict:
+            raise ValueError(
+                "proto: of MPTCP only the first subflow leaves from the source, the others as ip mptcp endpoint says: "
+                "strict=False permits that"
+            )
+        return Kind(socket.SOCK_STREAM, IPPROTO_MPTCP)
 
     async def _connect_by(
         self,
@@ -432,7 +587,9 @@ class Connector(Sourced):
         host: str,
         literal: Sequence[Target] | None,
         look_up: Callable[[Origin], Awaitable[Sequence[Target]]],
+        *,
         delay: float | None,
+        kind: Kind,
     ) -> BoundSocket:
         """Try the sources of *route*, until one works or the failure is not its own."""
         dialer = self._dialer
@@ -445,7 +602,7 @@ class Connector(Sourced):
                     targets = literal or await look_up(turn.origin)
                     if dialer.limits.paced:
                         await dialer.limits.pace(turn.origin, place_of(host))
-                    sock = await dialer.dial(turn, host, targets, delay=delay)
+                    sock = await dialer.dial(turn, host, targets, delay=delay, kind=kind)
                 except AiobindError as error:
                     route.leave(turn)
                     (held_back if turn.held_back else failures).append(error)
@@ -483,6 +640,18 @@ def _literal(host: str, port: int) -> tuple[Target] | None:
     return None
 
 
+def _close(making: asyncio.Task[tuple[asyncio.DatagramTransport, object]]) -> None:
+    if not making.cancelled() and making.exception() is None:
+        making.result()[0].abort()
+
+
+def _refuse(**given: object) -> None:
+    """Refuse what would name the local end."""
+    for name, value in given.items():
+        if value is not None:
+            raise TypeError(f"{name} is not taken here: the source names the local end, as in source='192.0.2.7'")
+
+
 def _check(host: str, port: int) -> None:
     if not isinstance(host, str):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"the host must be a text, not {type(host).__name__}")
@@ -494,18 +663,21 @@ def _check(host: str, port: int) -> None:
         raise ValueError(f"the port must be 1 to 65535, not {port}")
 
 
-async def connect(host: str, port: int, *, source: str | Source, family: int = 0, **options: Any) -> socket.socket:
+async def connect(
+    host: str, port: int, *, source: str | Source, family: int = 0, proto: int = 0, **options: Any
+) -> socket.socket:
     """Return a connected, non-blocking socket from *source*. The caller owns it and closes it.
 
-    One shot of ``Connector(source, **options).connect(host, port, family=family)``, whose errors it raises.
+    One shot of ``Connector(source, **options).connect(host, port, family=..., proto=...)``, whose errors it raises.
 
     Args:
         host: a name or a literal IP address of the destination.
         port: its TCP port, 1 to 65535.
         source: the source to connect from.
         family: ``socket.AF_INET`` or ``socket.AF_INET6`` to use only that; 0 for both.
+        proto: as in ``Connector.connect``.
         **options: the keywords of ``Connector``.
     """
     async with Connector(source, **options) as connector:
         connector._dialer.listens = False  # noqa: SLF001 # pyright: ignore[reportPrivateUsage] - it is gone in a moment
-        return await connector.connect(host, port, source=source, family=family)
+        return await connector.connect(host, port, source=source, family=family, proto=proto)

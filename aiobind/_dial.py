@@ -22,6 +22,7 @@ import os
 import socket
 import time
 import weakref
+from contextlib import suppress
 from functools import lru_cache, partial
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -51,9 +52,9 @@ from ._race import interleave, race
 from ._resolve import SystemLookup, literal
 from ._roster import Roster, Route
 from ._scope import pinned
-from ._sockets import ANY_KIND, BoundSocket, BoundSource, Opening
+from ._sockets import ANY_KIND, IPPROTO_MPTCP, TCP, BoundSocket, BoundSource, Kind, Opening
 from ._sources import is_fixed, parse_source
-from ._wait import way_of
+from ._wait import associate, way_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
@@ -126,7 +127,7 @@ class Dialer:
         self._at_once = not (self.limits.limited or self.limits.paced)
         self._options = tuple((level, name, value) for level, name, value in socket_options)
         self._ports = LocalPorts(local_ports) if local_ports is not None else ANY_PORT
-        self._strict = strict
+        self.strict = strict
         self._borrow = borrow
         self._direct = Exempt(direct) if direct else None
         self._system = SystemLookup(ttl)
@@ -153,7 +154,10 @@ class Dialer:
         Raises:
             RuntimeError: this is another loop, or the connector is closed.
         """
-        loop = asyncio.get_running_loop()
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError as error:
+            raise RuntimeError(f"{error}; on trio use aiobind.anyio or aiobind.httpx") from None
         if self._loop is not loop:
             if self._loop is not None:
                 raise RuntimeError("this connector belongs to another event loop: make one for each loop")
@@ -351,6 +355,22 @@ class Dialer:
             raise unresolved(host, port, f"the destination has no IPv{version} address")
         return interleave(targets, first_family_count)
 
+    async def anywhere(self, origin: Origin, family: int) -> Target:
+        """Return the target of a socket that is not going to connect.
+
+        Args:
+            origin: whose it is.
+            family: ``AF_INET``, ``AF_INET6``, or 0 for the one that the source has, IPv4 where it has both: whatever
+                either has failed at before, for who is going to send must know.
+        """
+        targets = [Target.anywhere(each) for each in (socket.AF_INET, socket.AF_INET6) if family in (0, each)]
+        if len(targets) > 1:
+            with suppress(BindError, ResolveError):  # `dial` will say so
+                for target, decision in zip(targets, await self._planner.plan(origin.source, targets), strict=True):
+                    if not isinstance(decision, Refusal):
+                        return target
+        return targets[0]
+
     # ── plan, race, verify, count ──
 
     def dial(
@@ -361,6 +381,7 @@ class Dialer:
         *,
         delay: float | None,
         begun: list[Target] | None = None,
+        kind: Kind = TCP,
     ) -> Coroutine[Any, Any, BoundSocket]:
         """Return a socket connected to one of *targets* from the source whose *turn* it is, and counted there.
 
@@ -370,6 +391,8 @@ class Dialer:
             targets: its addresses, in the order to try.
             delay: RFC 8305's Connection Attempt Delay in seconds; None: one attempt after the other.
             begun: is filled with the targets that were tried, for a caller whose deadline may come before the last one.
+            kind: what kind of socket. With a datagram socket nobody answers: it is the first target that the source can
+                serve; and that says nothing of how the source is.
 
         Raises:
             BindError: the source itself failed, and nothing was sent.
@@ -377,11 +400,18 @@ class Dialer:
             ConnectError: no target answered.
         """
         if not turn.origin.breakers or turn.forced or self._exempt(host, targets):
-            return self._dial(turn.origin, host, targets, delay, begun)
-        return self._probe(turn, host, targets, delay, begun)
+            return self._dial(turn.origin, host, targets, delay, begun, kind=kind)
+        return self._probe(turn, host, targets, delay, begun, kind=kind)
 
     async def _probe(
-        self, turn: Turn, host: str, targets: Sequence[Target], delay: float | None, begun: list[Target] | None
+        self,
+        turn: Turn,
+        host: str,
+        targets: Sequence[Target],
+        delay: float | None,
+        begun: list[Target] | None,
+        *,
+        kind: Kind,
     ) -> BoundSocket:
         """Connect from a source that has failed before, as far as it may try again."""
         origin = turn.origin
@@ -396,7 +426,7 @@ class Dialer:
         deadline, began = asyncio.timeout(patience), time.monotonic()
         try:
             async with deadline:
-                return await self._dial(origin, host, allowed, delay, begun)
+                return await self._dial(origin, host, allowed, delay, begun, kind=kind)
         except TimeoutError as error:
             if not deadline.expired():
                 raise
@@ -423,8 +453,10 @@ class Dialer:
         targets: Sequence[Target],
         delay: float | None,
         begun: list[Target] | None,
+        *,
+        kind: Kind,
     ) -> BoundSocket:
-        stamp = self._planner.stamp(time.monotonic())
+        stamp = self._planner.stamp(time.monotonic()) if kind is TCP else 0
         openings, refusals = self._known(origin, targets) if stamp and stamp == origin.stamp else ((), [])
         sock: BoundSocket | None = None
         errors: list[OSError] = []
@@ -436,7 +468,7 @@ class Dialer:
         elif openings:
             sock, errors = await self._race(origin, host, openings, delay, begun, stamp=stamp)
         if sock is None and (not openings or len(errors) < len(openings)):  # unknown, or not to be repeated
-            openings, refusals = await self._work_out(origin, host, targets)
+            openings, refusals = await self._work_out(origin, host, targets, kind)
             sock, errors = await self._race(origin, host, openings, delay, begun)
         if sock is None:
             tried = [(opening.target, error) for opening, error in zip(openings, errors, strict=True)]
@@ -479,7 +511,7 @@ class Dialer:
         return race([partial(self._attempt, origin, host, opening, stamp, begun) for opening in openings], delay)
 
     async def _work_out(
-        self, origin: Origin, host: str, targets: Sequence[Target]
+        self, origin: Origin, host: str, targets: Sequence[Target], kind: Kind
     ) -> tuple[list[Opening], list[Refusal]]:
         """Decide how the sockets for *targets* are made, as the interfaces are now."""
         source = origin.source
@@ -494,8 +526,8 @@ class Dialer:
         if stamp != origin.stamp or len(origin.openings) >= _KNOWN // len(self.roster):
             origin.openings, origin.stamp = {}, stamp
         # What is exempt is so by the name of the destination as well; and a port that connect(2) does not choose is
-        # another one each time.
-        keep = stamp and is_fixed(source) and self._direct is None and self._ports.kept_by_system
+        # another one each time. It is kept for one kind of socket, the one that connects again and again.
+        keep = stamp and kind is TCP and is_fixed(source) and self._direct is None and self._ports.kept_by_system
         openings: list[Opening] = []
         refusals: list[Refusal] = []
         for target, decision in zip(targets, decisions, strict=True):
@@ -505,15 +537,20 @@ class Dialer:
                 if keep and decision.errno == errno.EADDRNOTAVAIL:
                     origin.openings[target] = decision
             else:
-                opening = self._opening(decision, target)
+                opening = self._opening(decision, target, kind)
                 openings.append(opening)
                 if keep:
                     origin.openings[target] = opening
         return openings, refusals
 
-    def _opening(self, binding: Binding, target: Target) -> Opening:
+    def _opening(self, binding: Binding, target: Target, kind: Kind) -> Opening:
+        options = self._options
+        if kind is not TCP:
+            # A mark may choose the route, so that a datagram is to have it too.
+            theirs = options if kind.type == socket.SOCK_STREAM else [each for each in options if each[0] in ANY_KIND]
+            options = (*theirs, *kind.options)
         return Opening(
-            binding, target, options=self._options, strict=self._strict, ports=self._ports, borrow=self._borrow
+            binding, target, kind=kind, options=options, strict=self.strict, ports=self._ports, borrow=self._borrow
         )
 
     def _failure(
@@ -555,11 +592,10 @@ class Dialer:
         (decision,) = await self._planner.plan(source, (target,))
         if isinstance(decision, Refusal):
             raise BindError(*decision)
-        if kind == socket.SOCK_STREAM:
-            return await self._open(self._opening(decision, target))
-        # A mark may choose the route, so that a query is to have it too.
-        options = [option for option in self._options if option[0] in ANY_KIND]
-        return await self._open(Opening(decision, target, kind=kind, options=options, strict=self._strict))
+        opening = self._opening(decision, target, TCP if kind == socket.SOCK_STREAM else Kind(kind))
+        if kind == socket.SOCK_DGRAM:
+            opening.ports = ANY_PORT
+        return await self._open(opening)
 
     def _exempt(self, host: str, targets: Sequence[Target]) -> bool:
         """Return whether all of *targets* are exempt from the source, and nothing that they do says anything of it."""
@@ -617,14 +653,20 @@ class Dialer:
             sock.close()
             return None
         seconds = time.monotonic() - began
-        sock.target = target
+        if opening.kind.proto == IPPROTO_MPTCP:
+            # Measured (Linux 6.18): the pin is that of the first subflow. The kernel opens others at any time, from the
+            # addresses and by the interfaces of `ip mptcp endpoint`, also to what the peer announces.
+            sock.interface = None
         sock.bound = BoundSource(origin.source, sock.interface, *sock.name)
         if not stamp or opening.stood is None:
             opening.stood = self._planner.stands(sock)
         sock.stood = opening.stood
-        origin.latency.add(seconds)
-        if opening.binding is not _EXEMPT:  # what becomes of it says nothing about the source
-            self.roster.works(origin, target.family, target)
+        if sock.type == socket.SOCK_STREAM:
+            sock.target = target  # towards which its port is taken
+        if not opening.defers or platform.sent(sock):
+            origin.latency.add(seconds)
+            if opening.binding is not _EXEMPT:  # what becomes of it says nothing about the source
+                self.roster.works(origin, target.family, target)
         if self._journal.reads_attempts:
             self._journal.connected(origin.source, str(target), seconds)
         if sock.interface is None and opening.binding.device is not None:
@@ -708,7 +750,7 @@ class Dialer:
         """Connect *sock*, and hold what became of it against the promise, before and after; close it if that fails."""
         failure: OSError | None = None
         try:
-            way = self._way
+            way = self._way if opening.kind is TCP else _other_way(opening)
             if way is None:
                 way = way_of(asyncio.get_running_loop(), fast=self._fast)
                 if not self._closed:
@@ -754,7 +796,7 @@ class Dialer:
             reason = f"the system connected from {address} instead of {promised}; no data was sent"
             raise BindError(errno.EADDRNOTAVAIL, reason)
         ports = opening.ports
-        if ports is not ANY_PORT and stream and port not in ports:
+        if ports is not ANY_PORT and port not in ports:
             ports.doubt()
             reason = f"the system connected from {port}, which is no {ports}; no data was sent"
             raise BindError(errno.EADDRNOTAVAIL, reason)
@@ -774,6 +816,20 @@ class Dialer:
                     raise
                 await guard.confirm(bare(error))  # it was the guard that ended it
             await guard.confirm()
+
+
+def _other_way(opening: Opening) -> Connect | None:
+    """Return how to connect what is not plain TCP; None: as that."""
+    if opening.target.reach == "any":
+        return _stay
+    if opening.kind.type == socket.SOCK_DGRAM:
+        return associate
+    # The loops of asyncio ask getaddrinfo about even a literal address for any other protocol (EAI_SOCKTYPE).
+    return way_of(asyncio.get_running_loop(), fast=True) if opening.kind.proto == IPPROTO_MPTCP else None
+
+
+async def _stay(_sock: socket.socket, _address: object) -> None:
+    """Leave it unconnected."""
 
 
 def _may_be_outdated(error: OSError) -> bool:

@@ -13,7 +13,7 @@ from ._interfaces import Interfaces
 from ._plan import not_routed
 from ._platform import platform
 from ._resolve import literal
-from ._sockets import Opening
+from ._sockets import Kind, Opening
 from ._sources import Address, Host, Interface, Prefix, parse_source
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def socket_factory(
                 decision = decide(target)
             if isinstance(decision, Refusal):
                 raise BindError(*decision)
-            return Opening(decision, target, kind=kind, proto=proto, options=options).open()
+            return Opening(decision, target, kind=Kind(kind, proto), options=options).open()
         except BindError as error:
             text = explained(parsed, str(target), error.strerror or "")
             number = error.errno or errno.EINVAL

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 from ._advice import advice
 from ._errors import AiobindError, Attempt, BindError, ConnectError, ResolveError, explained, shown
 from ._interfaces import NoNeighbourError
+from ._wait import NoPeerError
 
 if TYPE_CHECKING:
     from ._binding import Refusal, Target
@@ -88,7 +89,7 @@ def bare(error: OSError) -> OSError:
 def plain(error: OSError, *, sent: bool) -> OSError:
     """Return what connect(2) answered, in plain words, as the source's failure or the target's."""
     number = error.errno or errno.EINVAL
-    if isinstance(error, NoNeighbourError):
+    if isinstance(error, (NoNeighbourError, NoPeerError)):
         return OSError(number, error.strerror)
     text = None if sent else advice("connect", number)
     if text is not None:  # nothing was sent: that is the source's fault, and another one may do better

@@ -33,8 +33,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ANY_KIND",
+    "IPPROTO_MPTCP",
+    "TCP",
     "BoundSocket",
     "BoundSource",
+    "Kind",
     "Opening",
     "SocketOption",
     "bound_source",
@@ -47,6 +50,29 @@ SocketOption: TypeAlias = "tuple[int, int, int | bytes]"
 
 #: The levels of options that sockets of every kind have.
 ANY_KIND = (socket.SOL_SOCKET, socket.IPPROTO_IP, socket.IPPROTO_IPV6)
+
+#: Python has the name only where it was built with it.
+IPPROTO_MPTCP: int = getattr(socket, "IPPROTO_MPTCP", 262)
+
+
+class Kind(NamedTuple):
+    """What kind of socket.
+
+    Attributes:
+        type: ``SOCK_STREAM`` or ``SOCK_DGRAM``.
+        proto: the protocol number; 0: the usual one.
+        options: to set on it besides the connector's.
+    """
+
+    type: int
+    proto: int = 0
+    options: tuple[tuple[int, int, int], ...] = ()
+
+
+#: What nearly all are; compared by identity.
+TCP = Kind(socket.SOCK_STREAM)
+#: TCP_FASTOPEN_CONNECT of linux/tcp.h (Linux 4.11), for which Python has no name.
+_FASTOPEN = (socket.IPPROTO_TCP, 30)
 
 
 class BoundSource(NamedTuple):
@@ -180,10 +206,16 @@ class BoundSocket(socket.socket):
         return self._carried
 
     def abort(self) -> None:
-        """End the connection at once: who uses it is told ECONNRESET."""
+        """End the connection at once: who uses it is told ECONNRESET; with a datagram socket it is its transport's end.
+
+        To connect that one to nowhere would take its pin away (``__udp_disconnect``, udp(7)).
+        """
         self.traffic()  # which is lost then
         self.lost = self.cut = True
-        platform.abort(self)
+        if self.type == socket.SOCK_STREAM:
+            platform.abort(self)
+        elif self.user is not None and (transport := self.user()) is not None:
+            transport.abort()
 
     def claim(self, local: IPAddress, target: Target) -> bool:
         """Enter the source address and the target of this socket; return whether it must reserve its port."""
@@ -303,8 +335,7 @@ class Opening:
     Args:
         binding: the decision.
         target: where it is going to connect.
-        kind: ``SOCK_STREAM`` or ``SOCK_DGRAM``.
-        proto: the protocol number.
+        kind: what kind of socket.
         options: the caller's.
         strict: a pin that is not permitted is an error; if not, the source address alone will do, and ``interface`` is
             None.
@@ -313,13 +344,14 @@ class Opening:
     """
 
     __slots__ = (
-        "_kind",
         "_only",
         "_options",
-        "_proto",
         "_recipe",
         "_strict",
+        "_type",
         "binding",
+        "defers",
+        "kind",
         "ports",
         "sockaddr",
         "stood",
@@ -332,8 +364,7 @@ class Opening:
         binding: Binding,
         target: Target,
         *,
-        kind: int = socket.SOCK_STREAM,
-        proto: int = 0,
+        kind: Kind = TCP,
         options: Sequence[SocketOption] = (),
         strict: bool = True,
         ports: LocalPorts = ANY_PORT,
@@ -347,8 +378,10 @@ class Opening:
         self.watched = (binding.owner, target, borrow)
         #: whether what its sockets are bound to is there; None: none has connected yet
         self.stood: bool | None = None
-        self._kind = int(kind) | platform.socket_flags
-        self._proto = proto
+        self.kind = kind
+        #: whether connect(2) may send nothing, and then says nothing of the source
+        self.defers = kind.type == socket.SOCK_DGRAM or any(option[:2] == _FASTOPEN for option in options)
+        self._type = int(kind.type) | platform.socket_flags
         self._options = options
         self._strict = strict
         # Where it does not depend on the moment.
@@ -380,7 +413,7 @@ class Opening:
         if recipe is None:
             return self.open()
         options, address, local, interface, ifindex, mine, other = recipe
-        sock = BoundSocket(self.target.family, self._kind, self._proto)
+        sock = BoundSocket(self.target.family, self._type, self.kind.proto)
         try:
             for level, name, value in options:
                 sock.setsockopt(level, name, value)
@@ -409,8 +442,10 @@ class Opening:
             OSError: no socket could be made (EMFILE), or an option of the caller was refused.
         """
         binding, target = self.binding, self.target
-        sock = BoundSocket(target.family, self._kind, self._proto)
+        sock = BoundSocket(target.family, self._type, self.kind.proto)
         local: IPAddress | None = None
+        if target.reach == "any":
+            port = port or 0  # there is no connect(2) to choose it
         try:
             if not platform.socket_flags:
                 sock.setblocking(False)
@@ -447,8 +482,7 @@ class Opening:
         return Opening(
             rest,
             target,
-            kind=self._kind,
-            proto=self._proto,
+            kind=self.kind,
             options=self._options,
             strict=self._strict,
             ports=self.ports,
@@ -488,7 +522,7 @@ def _source_address(
     """Return the source address to try: the kernel's own choice, where the binding allows that."""
     local = binding.local
     ip = local[0] if local else None
-    if len(local) != 1 and not binding.freebind:
+    if len(local) != 1 and not binding.freebind and target.reach != "any":
         chosen = _kernels_choice(sock.interface, target, options)
         if chosen is not None and (not local or chosen in local):
             ip = chosen
@@ -528,9 +562,11 @@ def is_own(target: Target) -> bool:
 
 
 def _bind(sock: BoundSocket, ip: IPAddress, target: Target, port: int | None, *, freebind: bool) -> None:
-    reserve = sock.claim(ip, target)
+    # With a datagram socket connect(2) takes a port that nobody else has, whomever it is for.
+    stream = sock.type == socket.SOCK_STREAM
+    reserve = stream and sock.claim(ip, target)
     try:
-        if port:
+        if port and stream:
             # Lets several destinations share the port, as connect(2) does with those that it chooses itself. What is
             # reserved must be nobody else's, also when the caller's options say otherwise.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(not reserve))

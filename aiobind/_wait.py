@@ -9,6 +9,8 @@ when one of those in it is ready). Each pending connect is put into it for one e
 selector of the loop nor a handle. It is the way on uvloop, and on asyncio for ``fast_connect=True``.
 
 Where there is no epoll, or a loop reads no descriptors (Proactor), it is always ``loop.sock_connect``.
+
+A datagram socket has nobody to wait for: it is `associate`.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from typing import Any, Self
 
-__all__ = ["UNDER_WAY", "Connect", "Pending", "is_uvloop", "way_of"]
+__all__ = ["UNDER_WAY", "Connect", "NoPeerError", "Pending", "associate", "is_uvloop", "way_of"]
 
 #: Connects a non-blocking socket to a literal address: the SYN leaves before this first waits. Raises OSError, the
 #: system's answer.
@@ -50,6 +52,31 @@ def way_of(loop: asyncio.AbstractEventLoop, *, fast: bool = False) -> Connect:
         with suppress(NotImplementedError):  # no add_reader
             return Pending.of(loop).connect
     return loop.sock_connect
+
+
+class NoPeerError(OSError):
+    """The address is that of nobody in particular."""
+
+
+async def associate(sock: socket.socket, address: Any) -> None:
+    """Connect a datagram socket, which sends nothing and is done at once (udp(7)).
+
+    ``loop.sock_connect`` would take EAGAIN, by which Linux says that no port is left, for a reason to wait; and then,
+    since the socket is writable, for success.
+
+    Raises:
+        NoPeerError: a broadcast address.
+        OSError: the system's answer; EADDRNOTAVAIL where no port is left.
+    """
+    number = sock.connect_ex(address)
+    if number == errno.EAGAIN:
+        number = errno.EADDRNOTAVAIL
+    elif number == errno.EACCES:  # a prohibition of the routing table says the same
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        if not sock.connect_ex(address):
+            raise NoPeerError(number, "a broadcast address, from which no answer comes")
+    if number:
+        raise OSError(number, os.strerror(number))
 
 
 class Pending(PerLoop):

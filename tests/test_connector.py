@@ -246,12 +246,6 @@ async def test_a_protocol_factory_that_fails_leaves_nothing_open(port: int) -> N
         assert open_connections(connector) == [0]
 
 
-async def test_only_tcp() -> None:
-    async with aiobind.Connector("127.0.0.2") as connector:
-        with pytest.raises(NotImplementedError, match="proto: only TCP is available yet"):
-            await connector.create_connection(asyncio.Protocol, HOST, 80, proto=socket.IPPROTO_MPTCP)
-
-
 # ── which source ──
 
 

@@ -16,6 +16,7 @@ import pytest
 import trio
 import trio.testing
 
+import aiobind
 from aiobind._guest import GuestLoop, hosted, in_trio
 
 
@@ -427,3 +428,11 @@ def test_the_end_of_the_run_cancels_what_is_left() -> None:
         del task
         gc.collect()
     assert log == ["first", "last"]
+
+
+def test_who_connects_by_the_door_of_asyncio_on_trio_is_told_of_this_one() -> None:
+    async def main() -> None:
+        with pytest.raises(RuntimeError, match=r"on trio use aiobind\.anyio"):
+            await aiobind.Connector("127.0.0.2").connect("127.0.0.1", 80)
+
+    trio.run(main)

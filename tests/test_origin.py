@@ -19,7 +19,7 @@ from aiobind import _origin, parse_source
 from aiobind._binding import Binding, Target
 from aiobind._health import Breaker
 from aiobind._origin import Origin
-from aiobind._sockets import BoundSource
+from aiobind._sockets import BoundSource, Kind
 
 if TYPE_CHECKING:
     from collections import deque
@@ -241,7 +241,7 @@ def test_what_was_last_seen_stands_where_nobody_can_be_asked(peer: Peer) -> None
 
 def test_a_socket_without_such_counts(peer: Peer) -> None:
     origin = an_origin()
-    sock = open_bound(Binding(local=(ip_address("127.0.0.2"),)), peer.target, kind=socket.SOCK_DGRAM)
+    sock = open_bound(Binding(local=(ip_address("127.0.0.2"),)), peer.target, kind=Kind(socket.SOCK_DGRAM))
     sock.target, sock.bound = peer.target, BoundSource(origin.source, None, "127.0.0.2", 1)
     origin.opened(sock)
     assert origin.stats()[9:] == (0, 0, {str(peer): 1})

@@ -75,9 +75,12 @@ limit_per_source_host=0, rate_per_source=None, rate_per_source_host=None, abort_
 sticky_prefix=False, on_event=None)
 async Connector.aclose()
 Connector.add(source)
-async Connector.connect(host, port, *, source=None, family=0)
+Connector.as_loop(*, source=None)
+async Connector.connect(host, port, *, source=None, family=0, proto=0)
 async Connector.create_connection(protocol_factory, host, port, *, source=None, family=0, proto=0, flags=0, ssl=None, \
 server_hostname=None, **options)
+async Connector.create_datagram_endpoint(protocol_factory, local_addr=None, remote_addr=None, *, source=None, \
+family=0, proto=0, flags=0, reuse_port=None, allow_broadcast=None, sock=None)
 async Connector.open_connection(host, port, *, limit=65536, **options)
 Connector.remove(source, *, drain=True)
 Connector.report(source, *, host, ok=False, seconds=None)
@@ -137,7 +140,7 @@ Weighted(weights)
 Weighted.order(sources, host)
 Weighted.weights
 bound_source(connection)
-async connect(host, port, *, source, family=0, **options)
+async connect(host, port, *, source, family=0, proto=0, **options)
 parse_source(source)
 socket_factory(source, *, socket_options=())
 use_source(source)

@@ -26,7 +26,7 @@ from aiobind import Address, BindError, BoundSource, _sockets, bound_source
 from aiobind._binding import Binding, Link, Target
 from aiobind._platform import platform
 from aiobind._ports import LocalPorts
-from aiobind._sockets import BoundSocket, Opening, _open
+from aiobind._sockets import BoundSocket, Kind, Opening, _open
 from aiobind._wait import is_uvloop
 
 if TYPE_CHECKING:
@@ -404,7 +404,7 @@ async def test_a_tls_handshake_that_fails(tls: tuple[ssl.SSLContext, ssl.SSLCont
 
 
 async def test_a_datagram_transport(listener: socket.socket) -> None:
-    sock = open_bound(Binding(local=(LOCAL,)), to(listener), kind=socket.SOCK_DGRAM)
+    sock = open_bound(Binding(local=(LOCAL,)), to(listener), kind=Kind(socket.SOCK_DGRAM))
     sock.connect(listener.getsockname())
     ends: list[None] = []
     sock.bound = BoundSource(SOURCE, None, *sock.getsockname())
@@ -446,7 +446,7 @@ def test_it_is_non_blocking_and_not_inherited(
 @pytest.mark.parametrize("family", [V4, V6])
 @pytest.mark.parametrize(("kind", "proto"), [(socket.SOCK_STREAM, socket.IPPROTO_TCP), (socket.SOCK_DGRAM, 0)])
 def test_family_kind_and_protocol(family: int, kind: int, proto: int) -> None:
-    with open_bound(Binding(), HERE[family], kind=kind, proto=proto) as sock:
+    with open_bound(Binding(), HERE[family], kind=Kind(kind, proto)) as sock:
         assert (sock.family, sock.type, sock.proto) == (family, kind, proto)
         assert (device(sock), sock.interface) == ("", None)
 
@@ -455,7 +455,7 @@ def test_family_kind_and_protocol(family: int, kind: int, proto: int) -> None:
 @pytest.mark.parametrize("text", ["127.0.0.2", "::1"])
 def test_it_has_the_address_and_no_port_yet(text: str, kind: int) -> None:
     ip = ip_address(text)
-    with open_bound(Binding(local=(ip,)), HERE[V6 if ip.version == 6 else V4], kind=kind) as sock:
+    with open_bound(Binding(local=(ip,)), HERE[V6 if ip.version == 6 else V4], kind=Kind(kind)) as sock:
         assert sock.getsockname()[:2] == (text, 0)
         assert (sock.local, sock.interface) == (ip, None)
 
