@@ -7,7 +7,8 @@ never leaves by another one.
 The whole in one page. Each row imports only rows below it::
 
     scrapy                               the edge that stands on another
-    aiohttp   anyio   metrics   lab      edges: a library each; the lab is a place to try them in
+    aiohttp   anyio   httpx   metrics   lab   edges: a library each, and a place to try them in
+    _httpcore                            what httpcore is given, by itself or below httpx
     _connector   _factory                the doors: asyncio, and the synchronous form
     _as_loop   _guest   _streams         a loop with a connector's doors; asyncio's coroutines in trio; streams for all
     _dial   dns                          the story of one connect; names, asked through the source

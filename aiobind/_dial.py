@@ -141,8 +141,9 @@ class Dialer:
         self._aborts = abort_on_link_down
         #: whether anybody is going to be there to hear of the interfaces, which costs 0.3 ms once
         self.listens = True
-        #: is told which sockets' interface or address has gone, and whether they are going to be cut
-        self.on_lost: Callable[[list[BoundSocket], bool], object] | None = None
+        #: is told which sockets' interface or address has gone, and whether they are going to be cut; weakly, for a
+        #: forgotten connector is to be gone at once
+        self.on_lost: weakref.WeakMethod[Callable[[list[BoundSocket], bool], object]] | None = None
         #: whether any such socket is left, which may stand again
         self._fallen = False
         #: each serves one loop and one set of sources; the last to be made, for it takes the policy
@@ -218,8 +219,8 @@ class Dialer:
         self._let_go(gone, cut=self._aborts)
 
     def _let_go(self, gone: list[BoundSocket], *, cut: bool) -> None:
-        if self.on_lost is not None:
-            self.on_lost(gone, cut)
+        if self.on_lost is not None and (tell := self.on_lost()) is not None:
+            tell(gone, cut)
         for sock in gone:
             if cut or sock.unfinished:
                 sock.abort()

@@ -30,6 +30,7 @@ __all__ = [
     "bare",
     "combined",
     "destination_of",
+    "gone",
     "place_of",
     "plain",
     "suspended",
@@ -79,6 +80,12 @@ def unresolved(
 def with_context(error: AiobindError, source: Source, destination: str) -> AiobindError:
     text = explained(source, destination, error.strerror or "")
     return type(error)(error.errno or errno.EINVAL, text, source=source, destination=destination)
+
+
+def gone(source: Source, destination: str) -> BindError:
+    """Return what has become of a connection whose interface or address has gone."""
+    text = explained(source, destination, "its interface or address has gone since it connected")
+    return BindError(errno.ENETDOWN, text, source=source, destination=destination)
 
 
 def bare(error: OSError) -> OSError:

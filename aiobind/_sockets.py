@@ -104,7 +104,8 @@ def bound_source(connection: object) -> BoundSource:
 
     Args:
         connection: a socket, transport, ``StreamWriter``, stream of anyio's or aiohttp websocket, as long as it is
-            open; or an aiohttp response, also when its body has been read and its connection went back to the pool.
+            open; or a response of aiohttp, httpx, httpcore or Scrapy, also when its body has been read and its
+            connection went back to the pool.
 
     Raises:
         LookupError: the connection was not made by aiobind, or is closed.

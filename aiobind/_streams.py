@@ -29,8 +29,8 @@ _In = TypeVar("_In")
 _Out = TypeVar("_Out")
 
 
-async def stream_of(sock: BoundSocket) -> SocketStream:
-    """Return the stream of a connected *sock*, which belongs to it from now on. This does not wait."""
+def stream_of(sock: BoundSocket) -> SocketStream:
+    """Return the stream of a connected *sock*, which belongs to it from now on."""
     return _Stream(sock)
 
 

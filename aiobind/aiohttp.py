@@ -33,8 +33,8 @@ from yarl import URL
 
 from ._connector import Sourced, make_dialer, seconds
 from ._dial import lies_at
-from ._errors import AiobindError, BindError, ResolveError, explained, is_sources_fault, merged
-from ._faults import destination_of, place_of
+from ._errors import AiobindError, BindError, ResolveError, is_sources_fault, merged
+from ._faults import destination_of, gone, place_of
 from ._race import interleave
 from ._resolve import resolve
 from ._sockets import BoundSource, finders, handed_over
@@ -313,8 +313,7 @@ class BoundTCPConnector(Sourced, aiohttp.TCPConnector):
         self._no_limit_per_host = not self.limit_per_host
         handler = _UvloopHandler if is_uvloop(self._loop) else _Handler
         self._factory = cast("partial[ResponseHandler]", partial(handler, loop=self._loop))
-        # Weakly: a forgotten connector is to be gone at once.
-        self._dialer.on_lost = partial(_on_lost, weakref.ref(self))
+        self._dialer.on_lost = weakref.WeakMethod(self._on_lost)
 
     @property
     def use_dns_cache(self) -> bool:
@@ -347,10 +346,10 @@ class BoundTCPConnector(Sourced, aiohttp.TCPConnector):
             if key.origin is origin:
                 _end(protocol)
 
-    def _on_lost(self, gone: Iterable[BoundSocket], cut: bool) -> None:
+    def _on_lost(self, lost: Iterable[BoundSocket], cut: bool) -> None:
         """Close the idle connections whose interface or address has gone: the kernel never would."""
         idle = {protocol for _, protocol in self._idle()}
-        for sock in gone:
+        for sock in lost:
             protocol = None if sock.user is None else sock.user()
             if not isinstance(protocol, ResponseHandler):
                 continue
@@ -588,16 +587,8 @@ class BoundTCPConnector(Sourced, aiohttp.TCPConnector):
             raise client_error(req.connection_key, error) from error
 
 
-def _on_lost(reference: weakref.ref[BoundTCPConnector], gone: list[BoundSocket], cut: bool) -> None:
-    connector = reference()
-    if connector is not None:
-        connector._on_lost(gone, cut)  # noqa: SLF001 # pyright: ignore[reportPrivateUsage] - its own callback
-
-
 def _gone(source: Source, url: URL) -> BindError:
-    destination = destination_of(url.raw_host or "", url.port or 0)
-    text = explained(source, destination, "its interface or address has gone since it connected")
-    return BindError(errno.ENETDOWN, text, source=source, destination=destination)
+    return gone(source, destination_of(url.raw_host or "", url.port or 0))
 
 
 def _end(protocol: ResponseHandler) -> None:

@@ -158,7 +158,7 @@ async def connect_tcp(
         raise TypeError(f"{which} is not taken here: the source names the local end, as in source='192.0.2.7'")
     sock = await hosted(_connect(str(remote_host), remote_port, source, connector, happy_eyeballs_delay))
     sock.unfinished = tls = tls or ssl_context is not None or tls_hostname is not None
-    stream = await stream_of(sock)
+    stream = stream_of(sock)
     if not tls:
         return stream
     try:

@@ -179,11 +179,11 @@ def _is_numeric(*args: Any, flags: int = 0, **_: Any) -> bool:
     return bool((args[5] if len(args) > 5 else flags) & socket.AI_NUMERICHOST)
 
 
-def _blockbuster() -> BlockBuster:
-    blockbuster = BlockBuster()
+def _blockbuster(modules: str | None = None) -> BlockBuster:
+    blockbuster = BlockBuster(modules)
     # aiobind must look up no name on the loop, and blockbuster does not know these.
     for name in ("getaddrinfo", "gethostbyname", "gethostbyname_ex", "gethostbyaddr", "getfqdn"):
-        function = BlockBusterFunction(None, f"socket.{name}", can_block_predicate=_is_numeric)
+        function = BlockBusterFunction(None, f"socket.{name}", scanned_modules=modules, can_block_predicate=_is_numeric)
         blockbuster.functions[f"socket.{name}"] = function
     for function in blockbuster.functions.values():
         function.can_block_in("aiobind/_platform/linux.py", {"_procfs"})  # procfs never waits
@@ -251,6 +251,11 @@ def _open_fds() -> set[tuple[int, str]]:
         with contextlib.suppress(OSError):  # the one of listdir
             found.add((int(name), os.readlink(f"/proc/self/fd/{name}")))
     return found
+
+
+def _threads() -> set[threading.Thread]:
+    # Those of trio's cache, in which anyio's test runner has it wait, are idle for ten seconds before they end.
+    return {thread for thread in threading.enumerate() if not thread.name.startswith("Trio thread ")}
 
 
 def _settle(left: Callable[[], set[Any]], what: str, loop: asyncio.AbstractEventLoop | None = None) -> None:

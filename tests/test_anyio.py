@@ -797,7 +797,7 @@ async def test_a_peer_that_resets_at_once() -> None:
             sock = await aiobind_connect(server)
             with server.accept()[0] as peer:
                 peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_0)
-            async with await stream_of(sock) as stream:
+            async with stream_of(sock) as stream:
                 with anyio.fail_after(10), pytest.raises(anyio.BrokenResourceError) as caught:
                     await stream.receive()
                 assert isinstance(caught.value.__cause__, ConnectionResetError)

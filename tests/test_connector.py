@@ -1521,7 +1521,7 @@ async def test_a_connection_that_has_survived_one_loss_is_told_of_the_next(lab: 
         server = socket.create_server(("203.0.113.80", 80))
     gone: list[set[str]] = []
     connector = aiobind.Connector("if!n1", "if!n2", policy=InOrder())
-    connector._dialer.on_lost = lambda socks, _: gone.append({sock.getsockname()[0] for sock in socks})
+    connector._dialer.on_lost = lambda: lambda socks, _: gone.append({sock.getsockname()[0] for sock in socks})
     with server:
         async with connector:
             with await connector.connect("203.0.113.80", 80):

@@ -24,6 +24,7 @@ import aiobind
 import aiobind.aiohttp
 import aiobind.anyio
 import aiobind.dns
+import aiobind.httpx
 import aiobind.lab
 import aiobind.metrics
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(aiobind.__file__).parent
-PUBLIC = [aiobind, aiobind.aiohttp, aiobind.anyio, aiobind.dns, aiobind.lab, aiobind.metrics]
+PUBLIC = [aiobind, aiobind.aiohttp, aiobind.anyio, aiobind.dns, aiobind.httpx, aiobind.lab, aiobind.metrics]
 if util.find_spec("scrapy"):  # which the oldest aiohttp is too old for
     PUBLIC.append(import_module("aiobind.scrapy"))
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -227,6 +228,25 @@ Collector.describe()
 Instruments(meter, connector, name='')
 Instruments.add(connector, name)
 """,
+    "aiobind.httpx": """
+BoundBackend(*sources, connector=None, **options)
+async BoundBackend.connect_tcp(host, port, timeout=None, local_address=None, socket_options=None)
+async BoundBackend.connect_unix_socket(path, timeout=None, socket_options=None)
+async BoundBackend.sleep(seconds)
+BoundTransport(*sources, policy=None, happy_eyeballs_delay=0.25, local_ports=None, socket_options=(), dns='system', \
+strict=True, borrow=False, direct=(), fast_connect=False, ttl_dns_cache=10.0, limit_per_source=0, \
+limit_per_source_host=0, rate_per_source=None, rate_per_source_host=None, abort_on_link_down=False, \
+sticky_prefix=False, on_event=None, verify=True, cert=None, trust_env=True, http1=True, http2=False, limits=None, \
+proxy=None, retries=0)
+async BoundTransport.aclose()
+BoundTransport.add(source)
+async BoundTransport.handle_async_request(request)
+BoundTransport.handle_request(request)
+BoundTransport.remove(source, *, drain=True)
+BoundTransport.report(source, *, host, ok=False, seconds=None)
+BoundTransport.stats()
+BoundTransport.use_source(source)
+""",
     "aiobind.scrapy": """
 DownloadHandler(crawler)
 DownloadHandler.connector
@@ -305,7 +325,7 @@ def test_public_modules_are_the_public_files() -> None:
 
 def documented() -> Iterator[tuple[str, Callable[..., Any], str, bool]]:
     """Yield what the main public modules offer: name, function, docstring, and whether it is a method."""
-    for module in (aiobind, aiobind.aiohttp, aiobind.anyio):
+    for module in (aiobind, aiobind.aiohttp, aiobind.anyio, aiobind.httpx):
         for name in module.__all__:
             thing = getattr(module, name)
             if inspect.isfunction(thing):
@@ -484,7 +504,8 @@ def test_import_of_aiobind_takes_no_edge() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "wanted"), [("aiohttp", {"aiohttp"}), ("anyio", {"anyio"}), ("lab", set()), ("metrics", set())]
+    ("name", "wanted"),
+    [("aiohttp", {"aiohttp"}), ("anyio", {"anyio"}), ("httpx", {"anyio"}), ("lab", set()), ("metrics", set())],
 )
 def test_import_of_an_edge_takes_only_its_library(name: str, wanted: set[str]) -> None:
     optional = {"aiohttp", "anyio", "opentelemetry", "prometheus_client", "uvloop", "rich", "pytest"}
