@@ -27,7 +27,7 @@ class LoopOfSources:
         associate: makes its datagram endpoints.
     """
 
-    __slots__ = ("_associate", "_connect", "_loop")
+    __slots__ = ("__weakref__", "_associate", "_connect", "_loop")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, connect: Door, associate: Door) -> None:
         self._loop = loop

@@ -295,7 +295,8 @@ class Connector(Sourced):
                 ``strict=False``: the source holds for the first subflow only. The kernel opens further ones, at any
                 time, from the addresses and by the interfaces that ``ip mptcp endpoint`` names, or that the peer asks
                 for where ``ip mptcp limits`` allows that. So ``bound_source(...).interface`` is None, and the bytes in
-                ``stats()`` are those of the first. With a peer that speaks TCP alone it is a TCP connection.
+                ``stats()`` are those of the first; what is cut is told ENOTCONN. With a peer that speaks TCP alone it is
+                a TCP connection.
 
         Raises:
             BindError: each source failed for a reason of its own (EPERM, ENODEV, EADDRNOTAVAIL, EADDRINUSE, EINVAL,
@@ -405,7 +406,7 @@ class Connector(Sourced):
         self,
         protocol_factory: Callable[[], _DatagramProtocolT],
         local_addr: None = None,
-        remote_addr: tuple[str, int] | None = None,
+        remote_addr: tuple[str, int] | tuple[str, int, int, int] | None = None,
         *,
         source: str | Source | None = None,
         family: int = 0,
@@ -433,7 +434,7 @@ class Connector(Sourced):
         Args:
             protocol_factory: makes the protocol.
             local_addr: is refused: the source names it. Its port is as in ``local_ports``.
-            remote_addr: a host, as in ``connect``, and a port.
+            remote_addr: a host, as in ``connect``, and a port; or an IPv6 address as getaddrinfo(3) has it.
             source: as in ``connect``.
             family: as in ``connect``.
             proto: 0 or ``IPPROTO_UDP``.
@@ -448,13 +449,15 @@ class Connector(Sourced):
                 answer comes from either, so leave it away; or another *family* or *proto*; or as in ``connect``.
             ConnectError: a broadcast address (EACCES), likewise.
             AiobindError: as in ``connect``.
+
+        To a policy, and to limits by host, what is not connected has the host ``"*"``.
         """
         _refuse(local_addr=local_addr, sock=sock)
         if proto not in (0, socket.IPPROTO_UDP):
             raise ValueError(f"proto is 0 or IPPROTO_UDP, not {proto}")
         if family not in (0, *_FAMILIES):
             raise ValueError(f"family is 0, AF_INET or AF_INET6, not {family}")
-        host, port = (_ANYBODY, 0) if remote_addr is None else remote_addr
+        host, port = (_ANYBODY, 0) if remote_addr is None else _zoned(remote_addr)
         if remote_addr is not None:
             if allow_broadcast:
                 raise ValueError(
@@ -505,7 +508,8 @@ class Connector(Sourced):
         ``getaddrinfo`` and ``sock_connect``, by which a library would go its own way.
 
         It equals the running loop, and ``isinstance`` takes it for one; but it is another object: to
-        ``asyncio.all_tasks`` and, from Python 3.14 on, ``asyncio.current_task`` it is a loop without tasks.
+        ``asyncio.all_tasks`` and, from Python 3.14 on, ``asyncio.current_task`` it is a loop without tasks, and what is
+        made with ``asyncio.Future(loop=...)`` of it, instead of by its ``create_future``, cannot be awaited.
 
         Args:
             source: pins what is connected so, as in ``connect``.
@@ -643,6 +647,12 @@ def _literal(host: str, port: int) -> tuple[Target] | None:
 def _close(making: asyncio.Task[tuple[asyncio.DatagramTransport, object]]) -> None:
     if not making.cancelled() and making.exception() is None:
         making.result()[0].abort()
+
+
+def _zoned(address: tuple[Any, ...]) -> tuple[str, int]:
+    """Return host and port of a socket's *address*, which may have the flow label and the zone behind (ipv6(7))."""
+    host, port, _, zone = address if len(address) == 4 else (*address, 0, 0)
+    return f"{host.partition('%')[0]}%{zone}" if zone else host, port
 
 
 def _refuse(**given: object) -> None:

@@ -668,6 +668,8 @@ class Dialer:
             origin.latency.add(seconds)
             if opening.binding is not _EXEMPT:  # what becomes of it says nothing about the source
                 self.roster.works(origin, target.family, target)
+        elif origin.breakers and target.reach != "any" and opening.binding is not _EXEMPT:
+            self.roster.can_send(origin, target.family)
         if self._journal.reads_attempts:
             self._journal.connected(origin.source, str(target), seconds)
         if sock.interface is None and opening.binding.device is not None:

@@ -79,6 +79,8 @@ class GuestLoop(asyncio.AbstractEventLoop):
         self._wake: trio.Event = library.Event()
         self._readers: dict[int, trio.CancelScope] = {}
         self._closed = False
+        # By a Ctrl-C between two of its lines nobody would wait for the task, which wakes its caller all the same.
+        library.lowlevel.enable_ki_protection(hosted)
         library.lowlevel.spawn_system_task(self._serve, name="aiobind's guest loop")
 
     async def host(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
@@ -125,7 +127,12 @@ class GuestLoop(asyncio.AbstractEventLoop):
         try:
             for handle in handles:
                 if not handle.cancelled():
-                    handle._run()  # noqa: SLF001 - how every loop runs its handles
+                    try:
+                        handle._run()  # noqa: SLF001 - how every loop runs its handles
+                    except (SystemExit, KeyboardInterrupt) as error:
+                        # It would end other loops. The task that it ended has it as well, for who waits for that;
+                        # a system task of trio's must not raise.
+                        self.call_exception_handler({"message": f"{error!r} in {handle!r}", "exception": error})
         finally:
             asyncio._set_running_loop(before)  # noqa: SLF001
 

@@ -364,6 +364,15 @@ class Roster:
         if len(self._listed) > 1:
             self.reaches(origin, family, target)
 
+    def can_send(self, origin: Origin, family: int) -> None:
+        """Note that *origin* would send to a target of *family*, which says nothing of what is on the way there."""
+        breaker = origin.breakers.get(family)
+        error = None if breaker is None else breaker.error
+        if isinstance(error, BindError) and error.errno != errno.ETIMEDOUT:  # and that it could not
+            del origin.breakers[family]
+            self._journal.recovered(origin.source)
+            self._change()
+
     def reaches(self, origin: Origin, family: int, target: Hashable) -> None:
         """Blame those who have waited in vain for *target*, which *origin* has just reached.
 

@@ -154,6 +154,12 @@ async def test_all_else_is_the_loops(port: int) -> None:
         await writer.wait_closed()
 
 
+async def test_what_is_kept_weakly_for_each_loop() -> None:
+    async with aiobind.Connector("127.0.0.2") as connector:
+        kept = weakref.WeakKeyDictionary({asyncio.get_running_loop(): "kept"})
+        assert kept[connector.as_loop()] == "kept"
+
+
 async def test_when_it_can_be_had(port: int) -> None:
     connector = aiobind.Connector("127.0.0.2")
     loop = connector.as_loop()

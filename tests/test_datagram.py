@@ -174,6 +174,21 @@ async def test_link_local(lab: Lab, witness: Witness, source: str) -> None:
     assert set(seen(witness)) == {("n1", nic.link_local)}
 
 
+async def test_an_address_as_getaddrinfo_has_it(lab: Lab) -> None:
+    """Of IPv6 with four members; the last is the number of the zone."""
+    nic = lab.nic("n1")
+    async with aiobind.Connector("if!n1") as connector:
+        for address, source in (
+            ((V4, PORT), "198.18.1.2"),
+            ((V6, PORT, 0, 0), "2001:db8:1::2"),
+            ((nic.gateway_link_local, PORT, 0, socket.if_nametoindex("n1")), nic.link_local),
+        ):
+            transport, _ = await connector.create_datagram_endpoint(Client, remote_addr=address)
+            assert transport.get_extra_info("peername") == address
+            assert aiobind.bound_source(transport).address == source
+            await closed(connector, transport)
+
+
 @pytest.mark.parametrize(
     ("sources", "change", "family", "address"),
     [
@@ -459,6 +474,29 @@ async def test_removed_meanwhile(lab: Lab) -> None:
             await connector.create_datagram_endpoint(Remover, remote_addr=(V4, PORT))
         assert caught.value.errno == errno.ENETDOWN
         await none_left(connector)
+
+
+async def test_a_source_that_can_send_again_is_no_longer_suspended(lab: Lab) -> None:
+    """Nobody answers, but what it had failed at is over: it begins anew, and whoever listens is told."""
+    events: list[str] = []
+    sources = ("198.18.1.2", "198.18.2.2")
+    async with aiobind.Connector(*sources, policy=aiobind.Failover(), on_event=lambda e: events.append(e.kind)) as made:
+
+        async def source(remote: Any, pin: str | None = None) -> str:
+            transport, _ = await made.create_datagram_endpoint(Client, remote_addr=remote, source=pin)
+            address = aiobind.bound_source(transport).address
+            await closed(made, transport)
+            return address
+
+        lab.near.ip(f"rule add from 198.18.1.2 to {V4} prio 10 unreachable")
+        assert await source((V4, PORT)) == "198.18.2.2"
+        assert made.stats()[0].suspended_until
+        lab.near.ip("rule del prio 10")
+        await source(None, "198.18.1.2")  # which asks for no route
+        assert made.stats()[0].suspended_until
+        await source((V4, PORT), "198.18.1.2")
+        assert events == ["failed", "suspended", "connected", "connected", "recovered", "connected"]
+        assert await source((V4, PORT)) == "198.18.1.2"
 
 
 async def test_a_protocol_factory_that_fails_leaves_nothing_open(lab: Lab) -> None:

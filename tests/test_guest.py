@@ -6,7 +6,9 @@ import asyncio
 import gc
 import logging
 import os
+import signal
 import socket
+import sys
 import threading
 import warnings
 from contextvars import ContextVar
@@ -153,6 +155,53 @@ def test_an_error_is_the_callers() -> None:
             await hosted(inner())
 
     trio.run(main)
+
+
+def test_who_ends_the_program_ends_it_for_the_caller() -> None:
+    """Not for trio itself, of whose system tasks none may raise."""
+
+    async def inner() -> None:
+        raise SystemExit(3)
+
+    async def main() -> None:
+        with pytest.raises(SystemExit):
+            await hosted(inner())
+        assert isinstance(await hosted(running()), GuestLoop)
+
+    trio.run(main)
+
+
+def test_ctrl_c_at_any_line() -> None:
+    """Else a task goes on for which nobody waits, and wakes the caller from what that waits for by then."""
+
+    async def main(line: int) -> int:
+        lines = 0
+
+        def trace(frame: Any, event: str, _: object) -> Any:
+            nonlocal lines
+            if frame.f_code not in (hosted.__code__, GuestLoop.host.__code__):
+                return None
+            lines += event == "line"
+            if event == "line" and lines == line:
+                signal.raise_signal(signal.SIGINT)
+            return trace
+
+        await hosted(running())
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            await hosted(asyncio.sleep(0.005))
+        finally:
+            sys.settrace(before)
+            with trio.CancelScope(shield=True):
+                await trio.sleep(0.01)
+        return lines
+
+    lines = trio.run(main, 0)
+    assert lines > 5
+    for line in range(1, lines + 1):
+        with pytest.raises(KeyboardInterrupt):
+            trio.run(main, line)
 
 
 def test_the_context_of_the_caller() -> None:
