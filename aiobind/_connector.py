@@ -295,8 +295,8 @@ class Connector(Sourced):
                 ``strict=False``: the source holds for the first subflow only. The kernel opens further ones, at any
                 time, from the addresses and by the interfaces that ``ip mptcp endpoint`` names, or that the peer asks
                 for where ``ip mptcp limits`` allows that. So ``bound_source(...).interface`` is None, and the bytes in
-                ``stats()`` are those of the first; what is cut is told ENOTCONN. With a peer that speaks TCP alone it is
-                a TCP connection.
+                ``stats()`` are those of the first; what is cut is told ENOTCONN. With a peer that speaks TCP alone it
+                is a TCP connection.
 
         Raises:
             BindError: each source failed for a reason of its own (EPERM, ENODEV, EADDRNOTAVAIL, EADDRINUSE, EINVAL,

@@ -3,11 +3,10 @@
 python examples/dns_query.py 'if!eth0' 192.0.2.53 example.com MX
 """
 
-import asyncio
-import sys
 from typing import Any
 
 import dns._asyncio_backend as theirs  # private: the classes that the public make_socket returns; until 2.8 without _
+from command_line import run
 from dns.asyncresolver import resolve_at
 
 import aiobind
@@ -36,4 +35,4 @@ async def main(source: str, server: str, name: str, kind: str) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(*sys.argv[1:]))
+    run(main)

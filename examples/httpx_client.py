@@ -32,7 +32,7 @@ if __name__ == "__main__":
         sys.exit("usage: httpx_client.py URL SOURCE [SOURCE ...]")
     try:
         anyio.run(main, sys.argv[1], sys.argv[2:])
-    except httpx.TransportError as error:
+    except (httpx.TransportError, aiobind.InvalidSource) as error:
         sys.exit(f"httpx_client: {getattr(error.__cause__, 'strerror', error)}")  # of an aiobind.BindError, for example
-    except aiobind.InvalidSource as error:
-        sys.exit(f"httpx_client: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

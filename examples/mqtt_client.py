@@ -4,10 +4,10 @@ python examples/mqtt_client.py 'if!eth0' broker.example.com 'sensors/#'
 """
 
 import asyncio
-import sys
 from typing import Any, Self
 
 import aiomqtt
+from command_line import run
 
 import aiobind
 
@@ -36,4 +36,4 @@ async def main(source: str, host: str, topic: str) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(*sys.argv[1:]))
+    run(main)

@@ -4,9 +4,9 @@ Run: python examples/nats_client.py 'if!eth0' nats://nats.example.com:4222
 """
 
 import asyncio
-import sys
 from urllib.parse import ParseResult
 
+from command_line import run, say
 from nats.aio import client, transport
 
 import aiobind
@@ -30,10 +30,10 @@ class BoundTransport(transport.TcpTransport):
 async def main(source: str, url: str) -> None:
     async with aiobind.Connector(source) as connector, client.Client() as nc:
         way = BoundTransport(nc, connector)
-        await nc.connect(url, max_reconnect_attempts=1, reconnect_time_wait=1)
+        await nc.connect(url, error_cb=say, max_reconnect_attempts=1, reconnect_time_wait=1)
         await nc.publish("greeting", b"hello")
         print("published from", aiobind.bound_source(way.io[1]).address)
 
 
 if __name__ == "__main__":
-    asyncio.run(main(*sys.argv[1:]))
+    run(main)

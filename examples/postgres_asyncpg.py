@@ -3,10 +3,8 @@
 Run: python examples/postgres_asyncpg.py 'if!eth0' 'postgresql://me@db.example.com/app?sslmode=verify-full'
 """
 
-import asyncio
-import sys
-
 import asyncpg
+from command_line import run
 
 import aiobind
 
@@ -20,4 +18,4 @@ async def main(source: str, dsn: str) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(*sys.argv[1:]))
+    run(main)

@@ -6,10 +6,8 @@ Have libpq 17 (psycopg[binary] 3.2.3), and cancel queries by ``cancel_safe()`` o
 and what psycopg does in compiled code with an older libpq, would hold up the loop, and the relay with it.
 """
 
-import asyncio
-import sys
-
 import psycopg
+from command_line import run
 from relay import relay
 
 import aiobind
@@ -27,4 +25,4 @@ async def main(source: str, host: str, port: str, conninfo: str) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(*sys.argv[1:]))
+    run(main)

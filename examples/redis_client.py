@@ -4,9 +4,9 @@ Run: python examples/redis_client.py 'if!eth0' redis.example.com 6379
 """
 
 import asyncio
-import sys
 from typing import Any
 
+from command_line import run
 from redis.asyncio import Connection, ConnectionPool, Redis
 
 import aiobind
@@ -33,4 +33,4 @@ async def main(source: str, host: str, port: str) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(*sys.argv[1:]))
+    run(main)

@@ -3,12 +3,11 @@
 python examples/s3_list.py 'if!eth0' https://s3.eu-central-1.amazonaws.com
 """
 
-import asyncio
-import sys
 from typing import Any
 
 from aiobotocore.config import AioConfig
 from aiobotocore.session import get_session
+from command_line import run
 
 import aiobind
 
@@ -22,4 +21,4 @@ async def main(source: str, endpoint: str) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(*sys.argv[1:]))
+    run(main)

@@ -5,11 +5,12 @@ python examples/smtp_send.py 'if!eth0' mail.example.com <mail.eml
 
 import asyncio
 import email
-import socket
 import sys
+from socket import gethostname
 from typing import Any
 
 import aiosmtplib
+from command_line import run
 
 import aiobind
 
@@ -18,8 +19,7 @@ class BoundSMTP(aiosmtplib.SMTP):
     """aiosmtplib's own, on a socket of a connector, whenever it connects."""
 
     def __init__(self, connector: aiobind.Connector, host: str, port: int = 25, **options: Any) -> None:
-        # Without a name for EHLO, aiosmtplib asks the system's resolver for one.
-        super().__init__(hostname=host, **{"local_hostname": socket.gethostname(), **options})
+        super().__init__(hostname=host, **{"local_hostname": gethostname(), **options})  # else it asks the resolver
         self.place, self.connector = (host, port), connector
 
     async def connect(self, **options: Any) -> aiosmtplib.SMTPResponse:
@@ -36,4 +36,4 @@ async def main(source: str, host: str) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(*sys.argv[1:]))
+    run(main)

@@ -3,10 +3,10 @@
 python examples/ssh_run.py 'if!eth0' me@example.com 'uname -a'
 """
 
-import asyncio
 import sys
 
 import asyncssh
+from command_line import run
 
 import aiobind
 
@@ -23,4 +23,4 @@ async def main(source: str, place: str, command: str) -> int | None:
 
 
 if __name__ == "__main__":
-    sys.exit(asyncio.run(main(*sys.argv[1:])))
+    run(main)

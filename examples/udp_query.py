@@ -4,8 +4,9 @@ python examples/udp_query.py 'if!eth0' pool.ntp.org
 """
 
 import asyncio
-import sys
 from datetime import UTC, datetime, timedelta
+
+from command_line import run
 
 import aiobind
 
@@ -25,15 +26,14 @@ class Answer(asyncio.DatagramProtocol):
             self.received.set_exception(exc)
 
 
-async def main(source: str, host: str, port: int = 123) -> None:
+async def main(source: str, host: str, port: str = "123") -> None:
     async with aiobind.Connector(source) as connector, asyncio.timeout(5):
-        transport, answer = await connector.create_datagram_endpoint(Answer, remote_addr=(host, port))
+        transport, answer = await connector.create_datagram_endpoint(Answer, remote_addr=(host, int(port)))
         transport.sendto(bytes([0b00_100_011]).ljust(48, b"\0"))  # version 4, mode 3: a client asks
-        seconds = int.from_bytes((await answer.received)[40:44])
-        print(datetime(1900, 1, 1, tzinfo=UTC) + timedelta(seconds=seconds))
+        print(datetime(1900, 1, 1, tzinfo=UTC) + timedelta(seconds=int.from_bytes((await answer.received)[40:44])))
         print(f"asked from {aiobind.bound_source(transport).address}")
         transport.close()
 
 
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])))
+    run(main)

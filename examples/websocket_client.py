@@ -4,10 +4,10 @@ python examples/websocket_client.py 'if!eth0' wss://example.com/feed
 """
 
 import asyncio
-import sys
 from contextlib import suppress
 from typing import Any
 
+from command_line import run
 from websockets import ConnectionClosed, connect
 from websockets.uri import parse_uri
 
@@ -36,4 +36,4 @@ async def main(source: str, uri: str) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(*sys.argv[1:]))
+    run(main, log="INFO")

@@ -61,6 +61,7 @@ COLUMNS = {
     "reconnect": "after the server has cut the connection, the client's own new one leaves by the same source",
     "missing": "an interface that is not there is the client's own error, with our BindError (ENODEV) as cause",
     "cancel": "cancelled while it connects, it leaves no descriptor, task, thread or count behind",
+    "silent": "cancelled while a server that it has reached says nothing, it leaves none either",
     "dns": "the server's name is asked for through the same NIC, and the system's resolver is not asked",
 }
 #: the loops of every client
@@ -215,11 +216,11 @@ async def _nats(connector: aiobind.Connector, host: str, port: int, *, tls: bool
         options["tls"] = trusting()
     client = nats.aio.client.Client()
     BoundTransport(client, connector)
-    try:
-        await client.connect(f"nats://{host}:{port}", **options)
-    except nats.errors.NoServersError as error:
-        raise error from failures[-1]  # nats-py tells why to error_cb alone
-    async with client:
+    async with client:  # which closes it even if it is cancelled while it connects
+        try:
+            await client.connect(f"nats://{host}:{port}", **options)
+        except nats.errors.NoServersError as error:
+            raise error from failures[-1]  # nats-py tells why to error_cb alone
 
         async def talk() -> None:
             subscription = await client.subscribe("talk")

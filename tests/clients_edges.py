@@ -61,7 +61,10 @@ async def _httpcore(
     async with library.AsyncConnectionPool(network_backend=backend) as pool:
 
         async def talk() -> None:
-            response = await pool.request("GET", f"http://{host}:{port}/")
+            try:
+                response = await pool.request("GET", f"http://{host}:{port}/")
+            except library.ConnectError as error:
+                raise error from error.__context__  # its pool raises it `from None`
             assert response.status == 200
 
         yield talk

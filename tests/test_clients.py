@@ -10,6 +10,7 @@ import contextlib
 import errno
 import inspect
 import os
+import socket
 import time
 from collections import defaultdict
 from importlib.metadata import version
@@ -19,7 +20,7 @@ import anyio
 import asyncpg
 import clients
 import clients_edges
-import clients_more
+import clients_services
 import nats.aio.client
 import psycopg
 import pytest
@@ -32,20 +33,21 @@ from dns_server import DnsServer
 from nats.aio.transport import TcpTransport
 from redis.asyncio.connection import AbstractConnection
 from servers import NAME
-from test_examples import EXAMPLES, run
 
 import aiobind
 from aiobind.lab import Lab, replace_file
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator
 
     from aiobind.lab import Packet
 
-ROWS = (*clients.ROWS, *clients_edges.ROWS, *clients_more.ROWS)
+ROWS = (*clients.ROWS, *clients_edges.ROWS, *clients_services.ROWS)
 DNS, SYSTEM = "203.0.113.53", "203.0.113.54"
 #: on the link of n1, and nobody's
 BLACK_HOLE = "198.18.1.99"
+#: where the target accepts, and says nothing
+SILENT = 7
 
 
 class Cell(NamedTuple):
@@ -262,29 +264,43 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
         if error is not None and id(error) not in told:
             told.add(id(error))
             yield error
-            waiting += [*getattr(error, "exceptions", ()), error.__context__, error.__cause__]
+            context = None if error.__suppress_context__ else error.__context__  # `from None` is no chain
+            waiting += [*getattr(error, "exceptions", ()), context, error.__cause__]
 
 
 async def cancel(client: Client, stage: Stage, port: int) -> None:
+    await _cancelled(client, stage, BLACK_HOLE, port, lambda packet: packet.syn or packet.protocol == "udp")
+
+
+async def silent(client: Client, stage: Stage, port: int) -> None:
+    with stage.lab.far:
+        listener = socket.create_server((stage.host, SILENT))
+    with listener:
+        await _cancelled(client, stage, stage.host, SILENT, lambda packet: not packet.syn)
+
+
+async def _cancelled(client: Client, stage: Stage, host: str, port: int, when: Callable[[Packet], bool]) -> None:
+    """Cancel it just after a packet that tells how far it has come."""
     async with connector_of(client, "if!n1") as connector:
 
         async def connect() -> None:
-            async with client.use(connector, BLACK_HOLE, port) as talk:
+            async with client.use(connector, host, port) as talk:
                 await talk()
 
-        async def syn() -> None:
+        async def so_far() -> None:
             with anyio.fail_after(10):
-                while not stage.seen(port):
+                while not any(map(when, stage.seen(port))):
                     await anyio.sleep(0.01)
+            await anyio.sleep(0.02)  # it says what it has to say
 
         if sniffio.current_async_library() == "trio":
             async with anyio.create_task_group() as group:
                 group.start_soon(connect)
-                await syn()
+                await so_far()
                 group.cancel_scope.cancel()
         else:  # once, as asyncio does it; the scopes of anyio repeat it
             task = asyncio.create_task(connect())
-            await syn()
+            await so_far()
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
@@ -298,7 +314,7 @@ async def dns(client: Client, stage: Stage, port: int) -> None:
     assert came_by(stage.seen(port)) == {("n1", "198.18.1.2")}
 
 
-CHECKS = {check.__name__: check for check in (source, egress, reconnect, missing, cancel, dns)}
+CHECKS = {check.__name__: check for check in (source, egress, reconnect, missing, cancel, silent, dns)}
 
 
 def test_each_column_has_its_check() -> None:
@@ -399,34 +415,6 @@ def test_the_private_names_that_the_hooks_touch() -> None:
     assert (connection._reader, connection._writer) == (None, None)
 
 
-# --- the examples, each as its user runs it ------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("server", "example", "arguments"),
-    [
-        (servers.postgres, "postgres_asyncpg.py", ["postgresql://postgres@{host}:{port}/postgres"]),
-        (servers.postgres, "postgres_psycopg.py", ["{host}", "{port}", "user=postgres"]),
-        (servers.redis, "redis_client.py", ["{host}", "{port}"]),
-        (servers.nats, "nats_client.py", ["nats://{host}:{port}"]),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_example(server: Any, example: str, arguments: list[str], stage: Stage) -> None:
-    port = stage.port(server)
-    where = [argument.format(host=stage.host, port=port) for argument in arguments]
-    stage.begin()
-    ended = run(example, "if!n1", *where)
-    assert (ended.returncode, ended.stderr) == (0, "")
-    assert "198.18.1.2" in ended.stdout
-    assert came_by(stage.seen(port)) == {("n1", "198.18.1.2")}
-    ended = run(example, "if!n9", *where)
-    assert ended.returncode == 1
-    assert "no interface named 'n9' (have: lo, n0, n1, n2)" in ended.stderr
-    assert not any(packet.syn for packet in stage.seen(port) if packet.nic != "n1")
-    assert len((EXAMPLES / example).read_text().splitlines()) < 40
-
-
 # --- what the columns would notice -----------------------------------------------------------------------------------
 
 
@@ -463,7 +451,11 @@ async def _careless(connector: aiobind.Connector, host: str, port: int) -> Async
 @pytest.mark.anyio
 @pytest.mark.parametrize(
     "cell",
-    [Cell(Client("", "", servers.redis, _careless, OSError), name, "asyncio") for name in COLUMNS if name != "cancel"],
+    [
+        Cell(Client("", "", servers.redis, _careless, OSError), column, "asyncio")
+        for column in COLUMNS
+        if column not in ("cancel", "silent")
+    ],
     ids=lambda cell: cell.column,
 )
 async def test_a_client_that_goes_its_own_way_is_found_out(cell: Cell, stage: Stage) -> None:

@@ -1,4 +1,4 @@
-"""More rows of the table of clients (``clients.py``): what is taken as a socket, or makes its own by a hook."""
+"""The rows of mail, SSH, websockets, MQTT, S3 and DNS (``clients.py`` says what a row is)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import asyncssh
 import dns.asyncquery
 import dns.asyncresolver
 import dns.message
-import servers_more as servers
+import servers_services as servers
 import websockets
 import websockets.client
 from aiobotocore.config import AioConfig
@@ -202,7 +202,14 @@ ROWS = (
         functools.partial(_websockets, ssl=trusting()),
         OSError,
     ),
-    Client("aiomqtt", "aiomqtt", servers.mosquitto, _aiomqtt, aiomqtt.MqttError),
+    Client(
+        "aiomqtt",
+        "aiomqtt",
+        servers.mosquitto,
+        _aiomqtt,
+        aiomqtt.MqttError,
+        reasons={"silent": "aiomqtt keeps its connection when it is cancelled before the broker has answered"},
+    ),
     Client(
         "aiobotocore",
         "aiobotocore",
@@ -219,6 +226,7 @@ ROWS = (
         OSError,
         reasons={
             "reconnect": "dnspython asks each question by a socket of its own",
+            "silent": "over UDP a silent server is the black hole of `cancel`",
             "dns": "a name server is an address",
         },
     ),

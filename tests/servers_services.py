@@ -1,4 +1,4 @@
-"""More real servers on the far side of a lab, in the manner of ``servers``: mail, SSH, MQTT, DNS and so on."""
+"""The servers of mail, SSH, MQTT, DNS, websockets, gRPC and S3, in the manner of ``servers``."""
 
 from __future__ import annotations
 

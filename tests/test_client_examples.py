@@ -1,4 +1,4 @@
-"""The examples of mail, SSH, websockets, MQTT, S3 and DNS as their user runs them: against real servers, in the lab."""
+"""The examples of clients as their user runs them: against real servers, in the lab."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import contextlib
 import importlib.util
 import inspect
 import os
+import signal
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import aiomqtt
 import clients  # which finds the examples  # noqa: F401
@@ -18,7 +19,8 @@ import dns_query
 import paho.mqtt.client
 import paho.mqtt.publish
 import pytest
-import servers_more as servers
+import servers
+import servers_services
 from conftest import _need_lab
 from servers import CA, NAME
 from test_examples import ENVIRONMENT, EXAMPLES, command
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 HOST = Lab.target_v4
+#: which have more than 40 lines
+LONGER = {"crawler.py", "dask_crawl.py", "demo.py", "own_policy.py", "per_connection.py"}
 KEYS = {
     "AWS_ACCESS_KEY_ID": "key",
     "AWS_SECRET_ACCESS_KEY": "secret",
@@ -103,15 +107,35 @@ def test_the_private_names_that_the_hooks_touch() -> None:
     assert parameters(dns_query.Protocol) == []
 
 
-@pytest.mark.parametrize("example", ["dns_query", "mqtt_client", "s3_list", "smtp_send", "ssh_run", "websocket_client"])
+@pytest.mark.parametrize("example", [path.name for path in EXAMPLES.glob("*.py") if path.name not in LONGER])
 def test_an_example_is_short(example: str) -> None:
-    assert len((EXAMPLES / f"{example}.py").read_text().splitlines()) < 40
+    assert len((EXAMPLES / example).read_text().splitlines()) < 40
+
+
+@pytest.mark.parametrize(
+    ("server", "example", "arguments"),
+    [
+        (servers.postgres, "postgres_asyncpg.py", ["postgresql://postgres@{host}:{port}/postgres"]),
+        (servers.postgres, "postgres_psycopg.py", ["{host}", "{port}", "user=postgres"]),
+        (servers.redis, "redis_client.py", ["{host}", "{port}"]),
+        (servers.nats, "nats_client.py", ["nats://{host}:{port}"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_it_says_where_it_came_from(
+    lab: Lab, serving: Callable[..., int], server: Any, example: str, arguments: list[str]
+) -> None:
+    port = serving(server)
+    with witnessed(lab, port):
+        ended = run(example, "if!n1", *(argument.format(host=HOST, port=port) for argument in arguments))
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "198.18.1.2" in ended.stdout
 
 
 def test_smtp_send(lab: Lab, tmp_path: Path, serving: Callable[..., int]) -> None:
-    port = serving(servers.exim)
+    port = serving(servers_services.exim)
     CA.cert_pem.write_to_path(tmp_path / "ca.pem")
-    mail = f"From: me@near.test\nTo: {servers.USER}@{NAME}\nSubject: from n1\n\nHello.\n"
+    mail = f"From: me@near.test\nTo: {servers_services.USER}@{NAME}\nSubject: from n1\n\nHello.\n"
     with witnessed(lab, port):
         ended = run("smtp_send.py", "if!n1", HOST, stdin=mail, SSL_CERT_FILE=str(tmp_path / "ca.pem"))
     assert (ended.returncode, ended.stderr) == (0, "")
@@ -123,8 +147,8 @@ def test_smtp_send(lab: Lab, tmp_path: Path, serving: Callable[..., int]) -> Non
 
 
 def test_ssh_run(lab: Lab, tmp_path: Path, serving: Callable[..., int]) -> None:
-    port = serving(servers.sshd)
-    for place in (f"{servers.USER}@{HOST}", HOST):  # that is who runs it
+    port = serving(servers_services.sshd)
+    for place in (f"{servers_services.USER}@{HOST}", HOST):  # that is who runs it
         with witnessed(lab, port):
             arguments = ["if!n1", place, "echo from $SSH_CONNECTION; echo no >&2; exit 3"]
             ended = run("ssh_run.py", *arguments, HOME=str(tmp_path))
@@ -144,7 +168,7 @@ def listening(*arguments: str) -> Iterator[Callable[[], str]]:
 
 
 def test_websocket_client_comes_back(lab: Lab, serving: Callable[..., int]) -> None:
-    port = serving(servers.websocket_server)
+    port = serving(servers_services.websocket_server)
     started = listening("websocket_client.py", "if!n1", f"ws://{HOST}:{port}/feed")
     with witnessed(lab, port, connections=2), started as line:
         assert line() == "198.18.1.2\n"
@@ -153,7 +177,7 @@ def test_websocket_client_comes_back(lab: Lab, serving: Callable[..., int]) -> N
 
 
 def test_mqtt_client(lab: Lab, serving: Callable[..., int]) -> None:
-    port = serving(servers.mosquitto)
+    port = serving(servers_services.mosquitto)
     with lab.far:
         paho.mqtt.publish.single("sensors/1", "21.5", hostname=HOST, retain=True)
     with witnessed(lab, port), listening("mqtt_client.py", "if!n1", HOST, "sensors/#") as line:
@@ -161,14 +185,14 @@ def test_mqtt_client(lab: Lab, serving: Callable[..., int]) -> None:
 
 
 def test_s3_list(lab: Lab, serving: Callable[..., int]) -> None:
-    port = serving(servers.s3)
+    port = serving(servers_services.s3)
     with witnessed(lab, port):
         ended = run("s3_list.py", "if!n1", f"http://{HOST}:{port}", **KEYS)
-    assert (ended.returncode, ended.stderr, ended.stdout) == (0, "", f"{servers.BUCKET}\n")
+    assert (ended.returncode, ended.stderr, ended.stdout) == (0, "", f"{servers_services.BUCKET}\n")
 
 
 def test_dns_query_by_udp_and_tcp(lab: Lab, serving: Callable[..., int]) -> None:
-    port = serving(servers.dnsmasq, port=53)
+    port = serving(servers_services.dnsmasq, port=53)
     with witnessed(lab, port):
         ended = run("dns_query.py", "if!n1", HOST, NAME, "A")
     assert (ended.returncode, ended.stderr, ended.stdout) == (0, "", f"{HOST}\n")
@@ -178,23 +202,54 @@ def test_dns_query_by_udp_and_tcp(lab: Lab, serving: Callable[..., int]) -> None
     assert len(ended.stdout) > 1500
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["dns_query.py", "if!n9", HOST, NAME, "A"],
-        ["mqtt_client.py", "if!n9", HOST, "sensors/#"],
-        ["s3_list.py", "if!n9", f"http://{HOST}:9000"],
-        ["smtp_send.py", "if!n9", HOST],
-        ["ssh_run.py", "if!n9", HOST, "true"],
-    ],
-    ids=lambda arguments: arguments[0],
-)
-def test_a_missing_interface_is_named(lab: Lab, arguments: list[str]) -> None:
+#: what each takes beside the source
+ARGUMENTS = {
+    "dns_query": [HOST, NAME, "A"],
+    "mqtt_client": [HOST, "sensors/#"],
+    "nats_client": [f"nats://{HOST}"],
+    "postgres_asyncpg": [f"postgresql://postgres@{HOST}/postgres"],
+    "postgres_psycopg": [HOST, "5432", "user=postgres"],
+    "redis_client": [HOST, "6379"],
+    "s3_list": [f"http://{HOST}:9000"],
+    "smtp_send": [HOST],
+    "ssh_run": [HOST, "true"],
+    "udp_query": [HOST],
+    "websocket_client": [f"ws://{HOST}:8765/"],
+}
+#: these tell of each attempt, in words of their own
+REPEATED = {"nats_client": "connect from if!n9", "websocket_client": "connect failed; reconnecting in"}
+
+
+@pytest.mark.parametrize("example", ARGUMENTS)
+def test_an_error_is_one_line(lab: Lab, example: str) -> None:
     with lab.witness() as witness:
-        ended = run(*arguments, **KEYS)
+        if example not in REPEATED:
+            ended = run(f"{example}.py", "if!n9", *ARGUMENTS[example], **KEYS)
+            assert (ended.returncode, ended.stderr.count("\n")) == (1, 1), ended.stderr
+            assert ended.stderr.startswith(f"{example}: "), ended.stderr
+            assert ended.stderr.endswith(": no interface named 'n9' (have: lo, n0, n1, n2)\n"), ended.stderr
+        ended = run(f"{example}.py", "n9", *ARGUMENTS[example], **KEYS)
+        assert (ended.returncode, ended.stderr.count("\n")) == (1, 1), ended.stderr
+        assert ended.stderr.startswith(f"{example}: invalid source 'n9': "), ended.stderr
+        ended = run(f"{example}.py", **KEYS)
+        assert (ended.returncode, ended.stderr.count("\n")) == (1, 1), ended.stderr
+        assert ended.stderr.startswith(f"usage: {example}.py SOURCE "), ended.stderr
         assert not witness.packets()
-    assert ended.returncode == 1
-    assert "no interface named 'n9' (have: lo, n0, n1, n2)" in ended.stderr
+
+
+@pytest.mark.parametrize(("example", "words"), REPEATED.items())
+def test_a_client_that_tries_again_says_why_until_ctrl_c(lab: Lab, example: str, words: str) -> None:
+    arguments = command(f"{example}.py", "if!n9", *ARGUMENTS[example])
+    with subprocess.Popen(arguments, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            line = next(line for line in process.stderr if line.startswith(f"{example}: {words}"))
+            assert line.endswith("no interface named 'n9' (have: lo, n0, n1, n2)\n"), line
+            process.send_signal(signal.SIGINT)
+            assert process.wait(10) == 130
+            assert "Traceback" not in process.stderr.read()
+        finally:
+            process.kill()
 
 
 #: grpc.aio, whose C core makes the sockets: it takes no socket and no address to bind.
@@ -213,7 +268,7 @@ asyncio.run(main(*sys.argv[1:]))
 def test_a_client_without_a_hook_goes_through_the_proxy(lab: Lab, serving: Callable[..., int]) -> None:
     if importlib.util.find_spec("grpc") is None:
         (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)("no grpcio here")
-    port = serving(servers.grpc_server)
+    port = serving(servers_services.grpc_server)
     with witnessed(lab, port), listening("per_connection.py", "0", f"{HOST}/32=if!n1") as line:
         proxy = line().removeprefix("listening on ").strip()
         call = [sys.executable, "-c", _GRPC, f"{HOST}:{port}", f"http://{proxy}"]
