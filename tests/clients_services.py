@@ -27,6 +27,7 @@ from botocore.exceptions import EndpointConnectionError
 from clients import Client, Talk, trusting  # which finds the examples
 from dns_query import BoundBackend
 from mqtt_client import BoundClient
+from packaging.version import Version
 from smtp_send import BoundSMTP
 from websocket_client import BoundConnect
 
@@ -185,7 +186,16 @@ async def _dnspython(connector: aiobind.Connector, host: str, port: int) -> Asyn
 
 
 ROWS = (
-    Client("aiosmtplib", "aiosmtplib", servers.exim, _aiosmtplib, aiosmtplib.SMTPConnectError),
+    Client(
+        "aiosmtplib",
+        "aiosmtplib",
+        servers.exim,
+        _aiosmtplib,
+        aiosmtplib.SMTPConnectError,
+        reasons={"silent": "aiosmtplib before 5.1.3 keeps its connection when it is cancelled before the greeting"}
+        if Version(aiosmtplib.__version__) < Version("5.1.3")
+        else {},
+    ),
     Client(
         "asyncssh",
         "asyncssh",

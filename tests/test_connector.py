@@ -25,6 +25,7 @@ import trustme
 from dns_server import DnsServer
 
 import aiobind
+import aiobind.dns
 from aiobind._binding import Target
 from aiobind._interfaces import LinkGoneError
 from aiobind.lab import Namespace
