@@ -143,6 +143,21 @@ _LOOPS: dict[str, dict[str, Any]] = {
     "epoll" if sys.version_info < (3, 12) else "eager": {"loop_factory": EpollLoop},
 }
 
+#: The long tests of these are about what becomes of a connection, and take the first two loops: one for each way.
+_ON_TWO_LOOPS = {"test_limits", "test_metrics", "test_spread"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave the third loop out where it shows nothing more."""
+    third = list(_LOOPS.values())[2]
+
+    def superfluous(item: pytest.Item) -> bool:
+        callspec = getattr(item, "callspec", None)
+        params = callspec.params if callspec is not None else {}
+        return item.path.stem in _ON_TWO_LOOPS and params.get("anyio_backend") is third
+
+    items[:] = [item for item in items if not superfluous(item)]
+
 
 @pytest.fixture(scope="session", autouse=True)
 def both_ways() -> Iterator[None]:

@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 #: Seconds that the slow ones take; all others take about three.
 SECONDS = {
     "crawler": 140,
-    "spread": 95,
+    "spread": 65,
     "bench": 70,
     "faults": 40,
     "leaks": 40,
@@ -43,8 +43,8 @@ SECONDS = {
     "egress": 28,
     "aiohttp": 26,
     "ports": 25,
-    "limits": 24,
-    "metrics": 20,
+    "limits": 16,
+    "metrics": 14,
     "fuzz": 18,
     "lab": 15,
     "factory": 14,

@@ -314,7 +314,8 @@ async def test_which_way_it_leaves(
     async with serving(listener):
         for client in (by_aiohttp, by_happy_eyeballs):
             assert await client(socket_factory(source), target, 80) == address
-            assert {(packet.nic, packet.source) for packet in witness.packets()} == {(nic, address)}
+            # What the kernel answers by itself once the socket is closed (RST) goes by the routing table.
+            assert {(packet.nic, packet.source) for packet in witness.packets() if packet.syn} == {(nic, address)}
 
 
 @pytest.mark.parametrize(
