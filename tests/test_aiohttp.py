@@ -7,6 +7,7 @@ import contextlib
 import errno
 import gc
 import inspect
+import itertools
 import math
 import pickle
 import random
@@ -111,6 +112,10 @@ class Server:
         return web.Response(text=f"{peer[0]} {peer[1]}")
 
 
+#: Below the ephemeral ones, so that no connection has the port at another address, where a test listens as well.
+_PORTS = itertools.cycle(range(20000, 32000))
+
+
 @contextlib.asynccontextmanager
 async def serving(host: str = HERE, *, sock: socket.socket | None = None, **keywords: Any) -> AsyncIterator[Server]:
     server = Server()
@@ -120,7 +125,7 @@ async def serving(host: str = HERE, *, sock: socket.socket | None = None, **keyw
     await runner.setup()
     if sock is None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        sock = socket.create_server((host, 0), family=family, backlog=1024)
+        sock = socket.create_server((host, next(_PORTS)), family=family, backlog=1024)
     server.port = sock.getsockname()[1]
     await web.SockSite(runner, sock, **keywords).start()
     try:
