@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
-import gc
 import math
 import os
 import socket
@@ -22,19 +20,19 @@ import aiolimiter  # noqa: F401 - it reads a file when it is imported first
 import anyio
 import anyio.lowlevel
 import pytest
-import trio
 import trustme
 from anyio.abc import ByteStreamConnectable, SocketAttribute, SocketListener, SocketStream
 from anyio.streams.tls import TLSAttribute, TLSConnectable, TLSListener, TLSStream
 from dns_server import DnsServer
+from with_trio import anyio_backend, no_tasks_left_in_trio, until  # noqa: F401 - fixtures
 
 import aiobind
-from aiobind._guest import GuestLoop, hosted
+from aiobind._guest import hosted
 from aiobind._streams import stream_of
 from aiobind.anyio import TCPConnectable, connect_tcp
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Callable, Iterator
 
     from aiobind.lab import Lab, Witness
 
@@ -48,40 +46,6 @@ HOST = "127.0.0.1"
 BLACK_HOLE = "198.18.1.99"
 #: To close is to reset.
 LINGER_0 = struct.pack("ii", 1, 0)
-BACKENDS = {"asyncio": ("asyncio", {}), "uvloop": ("asyncio", {"use_uvloop": True}), "trio": ("trio", {})}
-
-
-@pytest.fixture(scope="module", params=BACKENDS.values(), ids=list(BACKENDS))
-def anyio_backend(request: pytest.FixtureRequest) -> Any:
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-async def no_tasks_left_in_trio(anyio_backend_name: str) -> AsyncIterator[None]:
-    """Of asyncio's the conftest has an eye on."""
-    yield
-    if anyio_backend_name == "trio":
-        await until(lambda: not tasks_of_guest())
-
-
-def tasks_of_guest() -> list[object]:
-    def below(task: trio.lowlevel.Task) -> Iterator[trio.lowlevel.Task]:
-        for nursery in task.child_nurseries:
-            for child in nursery.child_tasks:
-                yield child
-                yield from below(child)
-
-    root = trio.lowlevel.current_root_task()
-    assert root is not None
-    guests = [asyncio.all_tasks(guest) for guest in GuestLoop._of.values()]
-    return [*(task for task in below(root) if task.name.startswith("aiobind: ")), *(t for g in guests for t in g)]
-
-
-async def until(condition: Callable[[], object]) -> None:
-    with anyio.fail_after(10):
-        while not condition():
-            gc.collect()
-            await anyio.sleep(0.001)
 
 
 async def greet(stream: SocketStream) -> None:
@@ -455,7 +419,7 @@ def in_a_thread(function: Callable[..., object], *args: Any, **options: Any) -> 
     future.result()
 
 
-def test_a_run_that_ends_amid_a_connect_and_with_a_forgotten_connector(lab: Lab, anyio_backend: Any) -> None:
+def test_a_run_that_ends_amid_a_connect_and_with_a_forgotten_connector(lab: Lab, anyio_backend: Any) -> None:  # noqa: F811
     async def main() -> None:
         connector = aiobind.Connector("if!n1")
         async with anyio.create_task_group() as tasks:

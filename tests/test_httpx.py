@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
 import gc
@@ -32,11 +31,11 @@ import trustme
 from anyio.abc import SocketListener
 from anyio.streams.tls import TLSListener
 from dns_server import DnsServer
+from with_trio import BACKENDS, anyio_backend, no_tasks_left_in_trio, until  # noqa: F401 - fixtures
 
 import aiobind
 from aiobind import BindError, ConnectError, ResolveError, _httpcore, _sockets, bound_source
 from aiobind import httpx as edge
-from aiobind._guest import GuestLoop
 from aiobind.httpx import BoundBackend, BoundTransport
 
 if TYPE_CHECKING:
@@ -52,28 +51,14 @@ HERE = "127.0.0.1"
 MISSING = "if!missing0"
 V4, V6 = "203.0.113.80", "2001:db8:ffff::80"
 
-BACKENDS = {"asyncio": ("asyncio", {}), "uvloop": ("asyncio", {"use_uvloop": True}), "trio": ("trio", {})}
 ONE_LOOP = pytest.mark.parametrize("anyio_backend", [BACKENDS["asyncio"]], ids=["asyncio"])
 CORES = {httpx: httpcore, httpx2: httpcore2}
-
-
-@pytest.fixture(scope="module", params=BACKENDS.values(), ids=list(BACKENDS))
-def anyio_backend(request: pytest.FixtureRequest) -> Any:
-    return request.param
 
 
 @pytest.fixture(params=CORES, ids=lambda module: module.__name__)
 def web(request: pytest.FixtureRequest) -> Any:
     """The client: httpx or httpx2."""
     return request.param
-
-
-@pytest.fixture(autouse=True)
-async def no_tasks_left_in_trio(anyio_backend_name: str) -> AsyncIterator[None]:
-    """Of asyncio's the conftest has an eye on."""
-    yield
-    if anyio_backend_name == "trio":
-        await until(lambda: not any(asyncio.all_tasks(guest) for guest in GuestLoop._of.values()))
 
 
 # --- the other side -----------------------------------------------------------------------------------------
@@ -242,12 +227,6 @@ async def failure(awaitable: Awaitable[Any]) -> BaseException:
         await awaitable
     caught.value.__traceback__ = None
     return caught.value
-
-
-async def until(condition: Callable[[], object]) -> None:
-    with anyio.fail_after(10):
-        while not condition():
-            await anyio.sleep(0.001)
 
 
 async def together(*calls: Callable[[], Awaitable[Any]]) -> list[Any]:
